@@ -1,0 +1,65 @@
+"""Every error that compax raises on purpose.
+
+A message says what is wrong, where, why, and what to do about it. All are `CompaxError`, so that a command line can print
+one readable line and exit; those that come from a user's value are `ValueError` too.
+"""
+
+
+class CompaxError(Exception):
+    """Base of all errors that compax raises on purpose."""
+
+
+class CaptureError(CompaxError, ValueError):
+    """A model or its example inputs cannot be captured."""
+
+
+class SignatureError(CompaxError, ValueError):
+    """A captured program was called with inputs that no graph of it accepts."""
+
+
+class SelectorError(CompaxError, ValueError):
+    """A selector is malformed or matched nothing; the message names the closest sites."""
+
+
+class EncodingError(CompaxError, ValueError):
+    """An encoding cannot represent a parameter, or an operation cannot be applied to it."""
+
+
+class LoweringError(CompaxError):
+    """A graph cannot be turned into a JAX function as it was asked to."""
+
+
+class InferenceError(CompaxError):
+    """A changed dtype or shape cannot be carried through an operation."""
+
+
+class VerificationError(CompaxError):
+    """A program is malformed: a shape, a dtype or a reference does not hold."""
+
+
+class ContractError(CompaxError):
+    """A pass changed outputs by more than its contract allows."""
+
+
+class PassError(CompaxError):
+    """A pass failed; the message names the pass and the reproducer file."""
+
+
+class PipelineError(CompaxError, ValueError):
+    """A pipeline is malformed: bad text, an unknown pass or option, a conflict or a wrong order."""
+
+
+class CheckpointError(CompaxError, ValueError):
+    """A checkpoint is missing, damaged, or belongs to something else."""
+
+
+class WeightsError(CompaxError, ValueError):
+    """A weight file is damaged or does not fit the model."""
+
+
+class ConfigError(CompaxError, ValueError):
+    """An experiment config has an unknown field, a wrong type or an impossible value."""
+
+
+class DataError(CompaxError, ValueError):
+    """Training data cannot be found or read."""
