@@ -1,0 +1,140 @@
+"""The one place that knows JAX's internals: jaxprs, equations, and how to bind them again.
+
+Works on jax 0.10.2 up to the newest release. What differs between them ends here: where classes live, whether a closed
+jaxpr is a class of its own, how `scan` counts its operands.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax._src import core as _core
+from jax._src import source_info_util as _source_info
+from jax.extend import core as _extend
+
+AbstractValue = Any
+Equation = Any
+ClosedJaxpr = Any
+Array = Any
+
+Jaxpr = _core.Jaxpr
+_Closed = _extend.ClosedJaxpr
+_BODY_TYPES = (Jaxpr, _Closed)
+
+ENTERABLE = frozenset({"jit", "pjit", "scan", "while", "cond", "remat", "remat2", "checkpoint", "shard_map"})
+"""Primitives whose bodies are rebuilt with changed contents; the bodies of all others are bound as recorded."""
+
+CUSTOM_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"})
+
+
+def make_jaxpr(function: Callable[..., Any], *args: Any) -> ClosedJaxpr:
+    """The closed jaxpr of `function` at `args` (arrays or shapes)."""
+    return jax.make_jaxpr(function)(*args)
+
+
+def trace(function: Callable[..., Any], *avals: AbstractValue) -> ClosedJaxpr:
+    """The closed jaxpr of `function` at abstract values, weak types kept."""
+    return jax.make_jaxpr(function)(*map(as_struct, avals))
+
+
+def as_struct(aval: AbstractValue) -> jax.ShapeDtypeStruct:
+    """A shape that `make_jaxpr` takes, with the weak type of `aval`."""
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+
+
+def abstract(x: Any) -> AbstractValue:
+    """The abstract value of an array, scalar, tracer or shape."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return _core.ShapedArray(x.shape, x.dtype, weak_type=bool(getattr(x, "weak_type", False)))
+    return _core.typeof(x) if hasattr(_core, "typeof") else _core.get_aval(x)
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether a jaxpr atom is a literal."""
+    return isinstance(atom, _core.Literal)
+
+
+def open_jaxpr(closed: ClosedJaxpr) -> tuple[Any, Sequence[Any]]:
+    """The jaxpr and its constants."""
+    return closed.jaxpr, closed.consts
+
+
+def close(jaxpr: Any) -> ClosedJaxpr:
+    """A closed jaxpr of a nested one, which may be closed already or have no constants."""
+    return jaxpr if isinstance(jaxpr, _Closed) else _Closed(jaxpr, ())
+
+
+def split_parameters(equation: Equation) -> tuple[dict[str, Any], list[Any]]:
+    """Parameters of an equation: those without computations, and the nested jaxprs in order."""
+    attributes: dict[str, Any] = {}
+    nested: list[Any] = []
+    for name, parameter in equation.params.items():
+        if isinstance(parameter, _BODY_TYPES):
+            nested.append(parameter)
+        elif isinstance(parameter, tuple) and parameter and all(isinstance(p, _BODY_TYPES) for p in parameter):
+            nested.extend(parameter)
+        else:
+            attributes[name] = parameter
+    return attributes, nested
+
+
+@contextlib.contextmanager
+def recorded_context(equation: Equation) -> Any:
+    """The settings under which an equation was recorded: mesh, compute type, metadata, source location, name stack."""
+    stack = _source_info.current_name_stack() + equation.source_info.name_stack
+    with (
+        _source_info.user_context(equation.source_info.traceback, name_stack=stack),
+        equation.ctx.manager,
+    ):
+        yield
+
+
+def bind(equation: Equation, args: Sequence[Array]) -> list[Array]:
+    """Binds a recorded equation to new operands, exactly as it was recorded."""
+    with recorded_context(equation):
+        outputs = equation.primitive.bind(*args, **equation.primitive.get_bind_params(equation.params))
+    return list(outputs) if equation.primitive.multiple_results else [outputs]
+
+
+def scan_counts(attributes: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's operands are constants and how many are carried."""
+    if "num_consts" in attributes:
+        return attributes["num_consts"], attributes["num_carry"]
+    constants, carry, _ = attributes["ft_in"].unpack()
+    return len(list(constants)), len(list(carry))
+
+
+def bound_axis_names() -> tuple[str, ...]:
+    """Names of the mesh axes that are manual where this is called: inside `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(mesh.manual_axes) if not mesh.empty else ()
+
+
+def varying_axes(x: Array) -> frozenset[str]:
+    """The manual mesh axes over which an array varies inside `shard_map`."""
+    manual = getattr(jax.typeof(x), "manual_axis_type", None)
+    return frozenset(manual.varying) if manual is not None else frozenset()
+
+
+def same_type(left: AbstractValue, right: AbstractValue) -> bool:
+    """Whether shapes and dtypes agree; weak types are left aside."""
+    if getattr(left, "shape", None) != getattr(right, "shape", None):
+        return False
+    return getattr(left, "dtype", None) == getattr(right, "dtype", None)
+
+
+_SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
+
+
+def dtype_text(dtype: Any) -> str:
+    """A dtype in the short form of MLIR and XLA: f32, bf16, i8, bool."""
+    name = str(dtype)
+    stem = name.rstrip("0123456789")
+    return _SHORT[stem] + name[len(stem) :] if stem in _SHORT else name
+
+
+def aval_text(aval: AbstractValue) -> str:
+    """An abstract value as `f32[8,16]`."""
+    shape = ",".join(map(str, getattr(aval, "shape", ())))
+    return f"{dtype_text(getattr(aval, 'dtype', aval))}[{shape}]"
