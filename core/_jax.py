@@ -55,6 +55,11 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, _core.Literal)
 
 
+def is_tracer(x: Any) -> bool:
+    """Whether an array has no value yet because a transformation is tracing it."""
+    return isinstance(x, _core.Tracer)
+
+
 def open_jaxpr(closed: ClosedJaxpr) -> tuple[Any, Sequence[Any]]:
     """The jaxpr and its constants."""
     return closed.jaxpr, closed.consts

@@ -138,6 +138,40 @@ def resolve(graph: Graph, path: Path) -> Op:
     return graph.ops[path[-1][0]]
 
 
+def forwarded(graph: Graph, operand: Operand) -> Operand:
+    """The value that `operand` is a copy of, where operations with bodies only hand a value on."""
+    producers = graph.producers()
+    while isinstance(operand, Value) and operand in producers:
+        op = producers[operand]
+        index = op.outputs.index(operand)
+        source = _handed_on(op, index)
+        if source is None:
+            return operand
+        operand = source
+    return operand
+
+
+def _handed_on(op: Op, index: int) -> Operand | None:
+    """The operand that output `index` of an operation with bodies repeats, if that is plain."""
+    if op.name in ("jit", "pjit", "remat", "remat2", "checkpoint"):
+        offset = 0
+    elif op.name == "scan":
+        constants, carry = _jax.scan_counts(dict(op.attributes))
+        if index < carry:
+            body = op.bodies[0]
+            same = forwarded(body, body.outputs[index]) is body.inputs[constants + index]
+            return op.inputs[constants + index] if same else None
+        offset = constants + carry
+    else:
+        return None
+    body = op.bodies[0]
+    source = forwarded(body, body.outputs[index])
+    for position, value in enumerate(body.inputs):
+        if value is source and position >= offset:
+            return op.inputs[position]
+    return None
+
+
 Replacement = Callable[[Op], Sequence[Op]]
 
 

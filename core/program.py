@@ -1,0 +1,359 @@
+"""A program: graphs over one store of parameters and state, and the history of passes."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from compax import capture as capturing
+from compax import lowering, raising
+from compax.capture import Captured, Entry, Signature, Static
+from compax.encoding import Encoded
+from compax.errors import CaptureError, SignatureError, VerificationError
+from compax.sources import Arrays
+
+if TYPE_CHECKING:
+    from compax.transform import PassRecord
+
+GraphKey = tuple[str, Signature]
+Result = tuple[Any, Arrays, Arrays]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """What passes transform. Immutable, and a pytree whose leaves are the parameters and the state.
+
+    Attributes:
+        params: parameters by path: arrays, shapes (`jax.ShapeDtypeStruct`), or encodings.
+        state: other variables by path: statistics, random number counters, caches that the model owns.
+        graphs: a graph for each entry and signature.
+        entries: ways to call the model; the first is the default.
+        frozen: paths of parameters that get no gradient and no optimizer state.
+        history: what each pass did, in order.
+        name: what the program is called in print.
+    """
+
+    params: Arrays
+    state: Arrays
+    graphs: Mapping[GraphKey, Captured]
+    entries: Mapping[str, Entry]
+    frozen: frozenset[str] = frozenset()
+    history: tuple["PassRecord", ...] = ()
+    name: str = "program"
+    memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    def replace(self, **changes: Any) -> "Program":
+        """A program with some attributes replaced. What was compiled stays valid when only arrays change."""
+        if set(changes) - {"params", "state"}:
+            changes.setdefault("memo", {})
+        return dataclasses.replace(self, **changes)
+
+    # -- calling ------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, entry: str | None = None, **kwargs: Any) -> Any:
+        """The output for given inputs with the program's own parameters and state; changes of state are not kept.
+
+        Compiled once for each signature. NNX objects among the inputs are updated in place.
+        """
+        chosen, arguments = self._arguments(entry, args, kwargs)
+        key = ("jit", chosen.name, arguments.signature)
+        if key not in self.memo:
+            captured = self.graph(chosen.name, arguments)
+            self.memo[key] = jax.jit(lambda params, state, arrays: self._flat(captured, params, state, arrays))
+        return self._finish(self.graph(chosen.name, arguments), arguments, self.memo[key](self.params, self.state, arguments.arrays))[0]
+
+    def apply(self, params: Arrays, state: Arrays, *args: Any, entry: str | None = None, **kwargs: Any) -> Result:
+        """The program as a pure function, for `jax.jit`, `jax.grad`, `jax.vmap` and the rest.
+
+        Args:
+            params: parameters by path, as in `Program.params`.
+            state: state by path.
+            *args: the inputs of the entry.
+            entry: which entry; the first one by default.
+            **kwargs: inputs by name.
+
+        Returns:
+            The output, the state after the call, and values that first appear in the call (`aux`), by path.
+
+        Raises:
+            SignatureError: the inputs, or the parameters, do not fit.
+        """
+        chosen, arguments = self._arguments(entry, args, kwargs)
+        captured = self.graph(chosen.name, arguments)
+        self._check_store(params, state)
+        output, updates, aux = self._finish(captured, arguments, self._flat(captured, params, state, arguments.arrays))
+        return output, {**state, **updates}, aux
+
+    def _flat(self, captured: Captured, params: Arrays, state: Arrays, arrays: Sequence[Any]) -> list[Any]:
+        names = iter(arrays)
+        values = []
+        for tag in captured.inputs:
+            if tag.kind == "parameter":
+                value = params[tag.path]
+                values.append(jax.lax.stop_gradient(value) if tag.path in self.frozen else value)
+            else:
+                values.append(state[tag.path] if tag.kind == "state" else next(names))
+        return lowering.evaluate(captured.graph, values)
+
+    @staticmethod
+    def _finish(captured: Captured, arguments: capturing.Arguments, flat: Sequence[Any]) -> Result:
+        count = sum(not isinstance(leaf, Static) for leaf in captured.output_leaves)
+        leaves = [leaf.value if isinstance(leaf, Static) else flat[leaf] for leaf in captured.output_leaves]
+        rest = iter(flat[count:])
+        updates = {path: next(rest) for path in captured.updates}
+        aux = {path: next(rest) for path in captured.aux}
+        if arguments.objects:
+            capturing.update_objects(arguments.objects, list(rest))
+        return jax.tree.unflatten(captured.output_tree, leaves), updates, aux
+
+    def _arguments(
+        self, entry: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Entry, capturing.Arguments]:
+        chosen = self.entry(entry)
+        return chosen, capturing.take_apart(chosen, args, kwargs)
+
+    def _check_store(self, params: Arrays, state: Arrays) -> None:
+        for what, given, own in (("parameters", params, self.params), ("state", state, self.state)):
+            if given.keys() != own.keys():
+                missing = sorted(own.keys() - given.keys())
+                extra = sorted(given.keys() - own.keys())
+                raise SignatureError(
+                    f"the {what} do not fit the program '{self.name}': missing {missing[:3]}, unknown {extra[:3]}; "
+                    "pass a dictionary with the paths of program.params and program.state"
+                )
+
+    def entry(self, name: str | None = None) -> Entry:
+        """An entry by name; the first one by default."""
+        if name is None:
+            return next(iter(self.entries.values()))
+        if name not in self.entries:
+            raise SignatureError(f"no entry '{name}'; this program has: {', '.join(self.entries)}")
+        return self.entries[name]
+
+    # -- graphs -------------------------------------------------------------------------------------------------
+
+    def graph(self, entry: str | None = None, arguments: capturing.Arguments | None = None) -> Captured:
+        """The graph of an entry: for given arguments, or the first one captured.
+
+        A signature that was not met before is captured then, and the passes in the history are replayed on it.
+        """
+        name = self.entry(entry).name
+        if arguments is None:
+            return next(captured for (owner, _), captured in self.graphs.items() if owner == name)
+        key = (name, arguments.signature)
+        found = self.graphs.get(key) or self.memo.get(key)
+        if found is None:
+            found = self.memo[key] = self._replay(self._trace(self.entry(name), arguments))
+        return found
+
+    def _trace(self, entry: Entry, arguments: capturing.Arguments) -> Captured:
+        return capturing.trace_entry(entry, arguments, dict(map(_logical, self.params.items())), self.state)
+
+    def _replay(self, captured: Captured) -> Captured:
+        for record in self.history:
+            captured = record.pass_.rewrite(captured, record.decisions)
+        return captured
+
+    def specialize(self, *args: Any, entry: str | None = None, **kwargs: Any) -> "Program":
+        """A program with a graph for these inputs too, made by capturing again and replaying every pass."""
+        chosen, arguments = self._arguments(entry, args, kwargs)
+        captured = self.graph(chosen.name, arguments)
+        return self.replace(graphs={**self.graphs, (chosen.name, arguments.signature): captured})
+
+    def with_entry(
+        self,
+        name: str,
+        model: Any,
+        *args: Any,
+        method: Any = None,
+        mode: str | None = None,
+        loss: Callable[..., Any] | None = None,
+        constant: Sequence[str] = (),
+        static: Sequence[str] = (),
+        variables: Any = None,
+        mutable: Any = False,
+        **kwargs: Any,
+    ) -> "Program":
+        """A program with one more way to call the same model, over the same parameters and state.
+
+        Args:
+            name: the entry's name.
+            model: the model that the program was captured from; only its structure is used.
+            *args: example inputs; the other options are those of `compax.capture`.
+
+        Raises:
+            CaptureError: the name is taken, or the model has other parameters or state.
+        """
+        if name in self.entries:
+            raise CaptureError(f"the program has an entry '{name}' already")
+        source, params, state, rest = capturing.make_source(
+            model, args, method=method, mode=mode, loss=loss, variables=variables, mutable=mutable
+        )
+        for what, new, own in (("parameters", params, self.params), ("state", state, self.state)):
+            if new.keys() != own.keys():
+                different = sorted(new.keys() ^ own.keys())
+                raise CaptureError(
+                    f"the model of entry '{name}' has other {what} than the program: {', '.join(different[:5])}"
+                )
+        entry = Entry(name, source, mode, tuple(constant), tuple(static))
+        arguments = capturing.take_apart(entry, rest, kwargs)
+        captured = self._replay(self._trace(entry, arguments))
+        return self.replace(
+            entries={**self.entries, name: entry}, graphs={**self.graphs, (name, arguments.signature): captured}
+        )
+
+    # -- parameters ---------------------------------------------------------------------------------------------
+
+    def partition(self) -> tuple[Arrays, Arrays]:
+        """Parameters that get gradients (floating arrays and simulated encodings, unless frozen), and the rest."""
+        trainable = {path: x for path, x in self.params.items() if path not in self.frozen and _differentiable(x)}
+        return trainable, {path: x for path, x in self.params.items() if path not in trainable}
+
+    def decode(self, paths: str | Iterable[str] | None = None) -> "Program":
+        """A program whose encoded parameters (or those at `paths`) are dense arrays again."""
+        chosen = set(self.params) if paths is None else {paths} if isinstance(paths, str) else set(paths)
+        if unknown := chosen - self.params.keys():
+            raise SignatureError(f"no parameter '{sorted(unknown)[0]}' in the program '{self.name}'")
+        return self.replace(
+            params={p: x.decode() if p in chosen and isinstance(x, Encoded) else x for p, x in self.params.items()}
+        )
+
+    def sites(self, entry: str | None = None) -> tuple["raising.Site", ...]:
+        """The composites of an entry's graph, by call path."""
+        captured = self.graph(entry)
+        key = ("sites", id(captured))
+        if key not in self.memo:
+            self.memo[key] = raising.find_sites(captured)
+        return self.memo[key]
+
+    def check(self) -> None:
+        """Raises `VerificationError` if a graph needs a parameter that the store lacks or holds in another shape."""
+        for captured in self.graphs.values():
+            for value, tag in zip(captured.graph.inputs, captured.inputs, strict=True):
+                store = {"parameter": self.params, "state": self.state}.get(tag.kind)
+                if store is None:
+                    continue
+                if tag.path not in store:
+                    raise VerificationError(
+                        f"the graph '{captured.entry.name}' reads the {tag.kind} '{tag.path}', which the program does "
+                        "not have"
+                    )
+                stored = store[tag.path]
+                if tuple(jnp.shape(stored)) != value.shape or stored.dtype != value.dtype:
+                    raise VerificationError(
+                        f"the {tag.kind} '{tag.path}' is {stored.dtype}{list(jnp.shape(stored))}, but the graph "
+                        f"'{captured.entry.name}' takes {value.dtype}{list(value.shape)}"
+                    )
+
+
+def _logical(item: tuple[str, Any]) -> tuple[str, Any]:
+    path, x = item
+    return path, jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _differentiable(x: Any) -> bool:
+    if isinstance(x, Encoded):
+        return x.trainable
+    return jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.complexfloating)
+
+
+def _flatten(program: Program) -> tuple[tuple[Arrays, Arrays], Any]:
+    skeleton = _Skeleton(program.graphs, program.entries, program.frozen, program.history, program.name, program.memo)
+    return (program.params, program.state), skeleton
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Skeleton:
+    """Everything of a program but its arrays; equal when the graphs, frozen paths and history are the same objects."""
+
+    graphs: Mapping[GraphKey, Captured]
+    entries: Mapping[str, Entry]
+    frozen: frozenset[str]
+    history: tuple["PassRecord", ...]
+    name: str
+    memo: dict[Any, Any]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Skeleton)
+            and self.graphs is other.graphs
+            and self.entries is other.entries
+            and self.frozen == other.frozen
+            and self.history is other.history
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self.graphs), id(self.history), self.frozen))
+
+
+def _unflatten(skeleton: _Skeleton, children: tuple[Arrays, Arrays]) -> Program:
+    params, state = children
+    return Program(
+        params=params,
+        state=state,
+        graphs=skeleton.graphs,
+        entries=skeleton.entries,
+        frozen=skeleton.frozen,
+        history=skeleton.history,
+        name=skeleton.name,
+        memo=skeleton.memo,
+    )
+
+
+jax.tree_util.register_pytree_node(Program, _flatten, _unflatten)
+
+
+def capture(
+    model: Any,
+    *args: Any,
+    method: Any = None,
+    mode: str | None = None,
+    loss: Callable[..., Any] | None = None,
+    constant: Sequence[str] = (),
+    static: Sequence[str] = (),
+    variables: Any = None,
+    mutable: Any = False,
+    name: str | None = None,
+    entry: str = "call",
+    **kwargs: Any,
+) -> Program:
+    """Captures a model as a program. The model is read, never changed.
+
+    Args:
+        model: an `nnx.Module`, a Linen module (with `variables`), or a function `fn(params, *inputs)`.
+        *args: example inputs: arrays, `jax.ShapeDtypeStruct`, any pytrees of them, NNX objects (a cache that the call
+            updates in place), and static values. Python numbers are traced, as in `jax.jit`; booleans, strings and
+            other values that are no arrays are static.
+        method: the method to capture; by default the module is called.
+        mode: "train" or "eval" for NNX modules: a copy is switched.
+        loss: `loss(model, *inputs)`, captured in place of the call; may return `(loss, metrics)`.
+        constant: names of arguments whose values become part of the graph.
+        static: names of arguments that are passed on as they are.
+        variables: a Linen module's variables; `params` and all other collections.
+        mutable: collections that a Linen module may write, as in `module.apply`.
+        name: what the program is called in print.
+        entry: the name of this entry.
+        **kwargs: example inputs by name; for Linen also `rngs`.
+
+    Returns:
+        The program. Parameters that are `jax.ShapeDtypeStruct` stay so: nothing needs memory.
+
+    Raises:
+        CaptureError: the model cannot be captured; says why.
+    """
+    source, params, state, rest = capturing.make_source(
+        model, args, method=method, mode=mode, loss=loss, variables=variables, mutable=mutable
+    )
+    chosen = Entry(entry, source, mode, tuple(constant), tuple(static))
+    arguments = capturing.take_apart(chosen, rest, kwargs)
+    captured = capturing.trace_entry(chosen, arguments, params, state)
+    title = name or getattr(model, "__name__", None) or type(model).__name__
+    return Program(
+        params=params,
+        state=state,
+        graphs={(entry, arguments.signature): captured},
+        entries={entry: chosen},
+        name=title.lower() if title.isidentifier() else "program",
+    )

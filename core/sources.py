@@ -1,0 +1,234 @@
+"""What a program was captured from: an NNX module, a Linen module, or a plain function, each as one pure function.
+
+A `Source` turns parameters and state, as flat dictionaries, and the call's arguments into the outputs, the state that
+changed, and values that first appear during the call (`aux`). It keeps the model's structure, never its arrays.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx, traverse_util
+
+from compax.errors import CaptureError
+
+Arrays = dict[str, Any]
+CallResult = tuple[Any, Arrays, Arrays]
+"""Output, changed state by path, values that first appear in the call by path."""
+
+
+def join(path: Sequence[Any]) -> str:
+    """A path of keys as `blocks.0.mlp.up.kernel`."""
+    return ".".join(str(key) for key in path)
+
+
+def unwrap(x: Any) -> Any:
+    """The array in an NNX variable; anything else as it is."""
+    return x.get_raw_value() if isinstance(x, nnx.Variable) else x
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """Base of the three kinds.
+
+    Attributes:
+        arguments: names of the positional arguments that a call takes, as far as the signature tells.
+    """
+
+    arguments: tuple[str, ...]
+
+    def call(self, params: Arrays, state: Arrays, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallResult:
+        """Runs the model once, purely; a parameter that the model assigns again is among the changes."""
+        raise NotImplementedError
+
+
+def argument_names(function: Callable[..., Any], skip: int) -> tuple[str, ...]:
+    """Names of the positional parameters of `function` after the first `skip`."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return ()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in parameters if p.kind in positional)[skip:]
+
+
+def collect(state: Any) -> dict[str, Any]:
+    """The leaves of an NNX state by joined path, variables kept."""
+    return {join(path): leaf for path, leaf in nnx.to_flat_state(state)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NnxSource(Source):
+    """An NNX module: its graph definition and, by path, templates of its variables (shapes in place of arrays)."""
+
+    graphdef: Any
+    params: tuple[tuple[tuple[Any, ...], Any], ...]
+    rest: tuple[tuple[tuple[Any, ...], Any], ...]
+    method: str | None
+    loss: Callable[..., Any] | None
+
+    def restore(self, params: Arrays, state: Arrays) -> nnx.Module:
+        """The module with given arrays: a copy that shares nothing with any other."""
+        flat = [(path, _fill(template, params[join(path)])) for path, template in self.params]
+        rest = [(path, _fill(template, state[join(path)])) for path, template in self.rest]
+        return nnx.merge(self.graphdef, nnx.from_flat_state(flat), nnx.from_flat_state(rest), copy=True)
+
+    def call(self, params: Arrays, state: Arrays, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallResult:
+        model = self.restore(params, state)
+        if self.loss is not None:
+            output = self.loss(model, *args, **kwargs)
+        else:
+            output = getattr(model, self.method or "__call__")(*args, **kwargs)
+        updates, aux = {}, {}
+        for path, variable in collect(nnx.state(model)).items():
+            value = unwrap(variable)
+            before = params.get(path, state.get(path))
+            if before is None:
+                aux[path] = value
+            elif value is not before:
+                updates[path] = value
+        return output, updates, aux
+
+
+def _fill(template: Any, value: Any) -> Any:
+    return template.replace(value) if isinstance(template, nnx.Variable) else value
+
+
+def _shape(variable: Any) -> Any:
+    """A variable, or a bare array, with its array replaced by its shape, so that a source holds no memory."""
+    value = unwrap(variable)
+    struct = jax.ShapeDtypeStruct(value.shape, value.dtype)
+    return variable.replace(struct) if isinstance(variable, nnx.Variable) else struct
+
+
+def nnx_source(
+    model: nnx.Module, *, method: str | None, mode: str | None, loss: Callable[..., Any] | None
+) -> tuple[NnxSource, Arrays, Arrays]:
+    """The source, parameters and state of an NNX module, which stays untouched.
+
+    Raises:
+        CaptureError: the mode is unknown or the method is missing.
+    """
+    if mode is not None:
+        model = nnx.merge(*nnx.split(model), copy=True)
+        if mode == "train":
+            model.train()
+        else:
+            model.eval()
+    if loss is None and not callable(getattr(model, method or "__call__", None)):
+        raise CaptureError(f"{type(model).__name__} has no method '{method or '__call__'}' to capture")
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    flat_params, flat_rest = list(nnx.to_flat_state(params)), list(nnx.to_flat_state(rest))
+    names = (
+        argument_names(loss, 1) if loss is not None else argument_names(getattr(type(model), method or "__call__"), 1)
+    )
+    source = NnxSource(
+        arguments=names,
+        graphdef=graphdef,
+        params=tuple((path, _shape(v)) for path, v in flat_params),
+        rest=tuple((path, _shape(v)) for path, v in flat_rest),
+        method=method,
+        loss=loss,
+    )
+    return (
+        source,
+        {join(path): unwrap(v) for path, v in flat_params},
+        {join(path): unwrap(v) for path, v in flat_rest},
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinenSource(Source):
+    """A Linen module with the structure of its variables."""
+
+    module: nn.Module
+    params: tuple[tuple[str, ...], ...]
+    rest: tuple[tuple[str, ...], ...]
+    method: str | Callable[..., Any] | None
+    mutable: bool | str | Sequence[str]
+    loss: Callable[..., Any] | None
+
+    def call(self, params: Arrays, state: Arrays, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallResult:
+        flat = {("params", *path): params[join(path)] for path in self.params}
+        flat |= {path: state[join(path)] for path in self.rest}
+        variables = traverse_util.unflatten_dict(flat)
+        rngs = kwargs.pop("rngs", None)
+        if self.loss is not None:
+            call = nn.apply(self.loss, self.module, mutable=self.mutable)
+            result = call(variables, *args, rngs=rngs, **kwargs)
+        else:
+            result = self.module.apply(
+                variables, *args, rngs=rngs, method=self.method, mutable=self.mutable, **kwargs
+            )
+        if self.mutable is False:
+            return result, {}, {}
+        output, changed = result
+        updates, aux = {}, {}
+        for path, value in traverse_util.flatten_dict(dict(changed)).items():
+            if path[0] == "params":
+                continue
+            (updates if join(path) in state else aux)[join(path)] = value
+        return output, {k: v for k, v in updates.items() if v is not state[k]}, aux
+
+
+def linen_source(
+    module: nn.Module,
+    variables: Mapping[str, Any] | None,
+    *,
+    method: str | Callable[..., Any] | None,
+    mutable: bool | str | Sequence[str],
+    loss: Callable[..., Any] | None,
+) -> tuple[LinenSource, Arrays, Arrays]:
+    """The source, parameters and state of a Linen module and its variables.
+
+    Raises:
+        CaptureError: the variables are missing or have no `params`.
+    """
+    if variables is None or "params" not in variables:
+        raise CaptureError(
+            f"a Linen module comes with its variables: capture({type(module).__name__}(...), *inputs, "
+            "variables={'params': ...})"
+        )
+    flat = traverse_util.flatten_dict(_plain(variables))
+    params = {path[1:]: x for path, x in flat.items() if path[0] == "params"}
+    rest = {path: x for path, x in flat.items() if path[0] != "params"}
+    if loss is not None:
+        target, skip = loss, 1
+    elif callable(method):
+        target, skip = method, 1
+    else:
+        target, skip = getattr(type(module), method or "__call__"), 1
+    source = LinenSource(argument_names(target, skip), module, tuple(params), tuple(rest), method, mutable, loss)
+    return source, {join(p): x for p, x in params.items()}, {join(p): x for p, x in rest.items()}
+
+
+def _plain(tree: Any) -> Any:
+    """Mappings of any kind as dictionaries, boxed values (`nn.Partitioned`) unboxed."""
+    if isinstance(tree, Mapping):
+        return {str(key): _plain(value) for key, value in tree.items()}
+    return tree.unbox() if isinstance(tree, nn.meta.AxisMetadata) else tree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FunctionSource(Source):
+    """A plain function `fn(params, *inputs)`; `params` is any pytree."""
+
+    function: Callable[..., Any]
+    paths: tuple[str, ...]
+    tree: Any
+
+    def call(self, params: Arrays, state: Arrays, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallResult:
+        tree = jax.tree.unflatten(self.tree, [params[path] for path in self.paths])
+        return self.function(tree, *args, **kwargs), {}, {}
+
+
+def function_source(function: Callable[..., Any], params: Any) -> tuple[FunctionSource, Arrays]:
+    """The source and parameters of a plain function."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    paths = tuple(jax.tree_util.keystr(path, simple=True, separator=".") or "params" for path, _ in leaves)
+    return FunctionSource(argument_names(function, 1), function, paths, tree), {
+        path: leaf for path, (_, leaf) in zip(paths, leaves, strict=True)
+    }
