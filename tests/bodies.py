@@ -1,17 +1,19 @@
 """What each of the benchmark's bodies has to compute, written down by hand.
 
-A reference takes an `Arithmetic`, the parameters by path, and the body's inputs, and states the body's mathematics with every product of
-a weight going through `arithmetic`. Four arithmetics turn one statement into four expectations:
+A reference takes an `Arithmetic`, the parameters by path, and the body's inputs, and states the body's mathematics with
+every product of a weight going through that arithmetic. Four arithmetics turn one statement into four expectations:
 
 1. `FLOAT`: the module itself; shows that the statement is right.
 2. `WEIGHTS_INT8`: weights decoded from int8, activations untouched.
 3. `INT8`: weights and activations int8, products accumulated in int32, then rescaled.
-4. `STRAIGHT`: what training sees: both rounded to the int8 grid in float, gradients straight through the rounding (Bengio et al.,
-   Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation, 2013, arXiv:1308.3432).
+4. `STRAIGHT`: what training sees: both rounded to the int8 grid in float, gradients straight through the rounding
+   (Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation, 2013,
+   arXiv:1308.3432).
 
-The grid is symmetric, `scale = max |values| / 127`, codes in [-127, 127], rounded half to even. A weight has one scale for each output
-channel: the maximum runs over the contracted dimensions, so that layers or experts stacked in front keep their own. An activation has one
-scale for each row that is left after the contraction (a token); for a convolution, where windows overlap, one for each example.
+The grid is symmetric, `scale = max |values| / 127`, codes in [-127, 127], rounded half to even. A weight has one scale
+for each output channel: the maximum runs over the contracted dimensions, so that layers or experts stacked in front
+keep their own. An activation has one scale for each row that is left after the contraction (a token); for a
+convolution, where windows overlap, one for each example.
 """
 
 import dataclasses
@@ -24,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 from compax.experiments.benchmarks import bodies
-from compax.experiments.benchmarks.bodies import BODIES, NUM_HEADS, Body, D
+from compax.experiments.benchmarks.bodies import NUM_HEADS, Body, D
 
 LIMIT = 127
 Dims = tuple[int, ...]
@@ -238,7 +240,7 @@ REFERENCES: dict[str, Reference] = {
 }
 
 FLOAT_ACTIVATIONS: dict[str, str] = {
-    "custom_vjp": "its derivative rule is its author's: the weight is decoded at the boundary, and the rule sees no codes",
+    "custom_vjp": "its derivative rule is its author's: the weight is decoded at the boundary",
 }
 """Bodies in which quantization of activations must be declined, with the reason."""
 
@@ -249,7 +251,7 @@ NO_GRADIENT: dict[str, str] = {
 TOLERANCES: dict[str, float] = {"bfloat16 cast": 4e-3}
 """Relative to the norm. Half a unit in the last place of bfloat16 is 0.002, of the weight and again of its gradient."""
 TOLERANCE = 2e-5
-"""Relative to the norm, float32: products of 64 terms, three layers deep. Rounding to int8 itself is off by about 9e-3."""
+"""Relative to the norm, float32: products of 64 terms, a few layers deep. Rounding to int8 is off by about 9e-3."""
 
 
 def tolerance(body: Body) -> float:
@@ -298,7 +300,10 @@ def relative_error(actual: Any, expected: Any, *, floor: float = 0.0) -> float:
 
 
 def gradient_errors(actual: Parameters, expected: Parameters) -> dict[str, float]:
-    """Relative error of each gradient; one that vanishes (softmax does not see the bias of keys) is held against all of them together."""
+    """Relative error of each gradient.
+
+    One that vanishes (softmax does not see the bias of keys) is held against all of them together.
+    """
     assert set(actual) == set(expected), f"{sorted(actual)} is not {sorted(expected)}"
     total = float(np.sqrt(sum(np.linalg.norm(gradient) ** 2 for gradient in expected.values())))
     return {path: relative_error(actual[path], expected[path], floor=1e-2 * total) for path in expected}

@@ -1,8 +1,8 @@
 """Tiny models that nobody here wrote, built from their authors' own code and configurations.
 
-NNX from google-tunix, Linen from transformers. Widths are a few dozen, so that a forward pass takes milliseconds; every structural
-choice (grouped queries, tied head, experts, sliding window, cross attention) is the author's. A test takes names from `ENTRIES` and calls
-`load(name)`, which skips with the reason where the package is missing.
+NNX from google-tunix, Linen from transformers. Widths are a few dozen, so that a forward pass takes milliseconds; every
+structural choice (grouped queries, tied head, experts, sliding window, cross attention) is the author's. A test takes
+names from `ENTRIES` and calls `load(name)`, which skips with the reason where the package is missing.
 """
 
 import dataclasses
@@ -146,7 +146,8 @@ def _transformers() -> Any:
         ) from error
     if not transformers.__version__.startswith("4."):
         raise ModuleNotFoundError(
-            f"transformers {transformers.__version__} has no Flax models: pip install transformers=={TRANSFORMERS_VERSION}"
+            f"transformers {transformers.__version__} has no Flax models: "
+            f"pip install transformers=={TRANSFORMERS_VERSION}"
         )
     return transformers
 

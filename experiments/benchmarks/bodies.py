@@ -1,8 +1,9 @@
 """Twenty-eight ordinary ways to write a layer, which a compiler pass has to get right.
 
-Each body is a small `flax.nnx.Module` as its author would write it, with no thought of being transformed. The first seventeen are single
-layers; the others put a weight into loops, custom derivatives, shards, or use it more than once. `tests/bodies.py` holds, by name, what
-each has to compute when its weights and activations are int8, and `qwix_bodies.py` runs them through Qwix as well.
+Each body is a small `flax.nnx.Module` as its author would write it, with no thought of being transformed. The first
+seventeen are single layers; the others put a weight into loops, custom derivatives or shards, or use it more than once.
+`tests/bodies.py` holds, by name, what each has to compute when its weights and activations are int8, and
+`qwix_bodies.py` runs them through Qwix as well.
 
 Shapes: B tokens, D features in and out, L layers, G groups.
 """
@@ -31,7 +32,7 @@ class Body:
         name: Its name in tables and tests.
         make: Builds the module; equal weights at every call.
         inputs: Makes the arguments of the module's call; equal at every call.
-        site_names: The sites that consume a weight, in order of execution, named after that weight: by the module that holds it when that
+        site_names: The sites that consume a weight, named after that weight: by the module that holds it when that
             module has no other weight, else by the parameter; `#2` marks a second use.
         notes: What is worth knowing about it.
     """

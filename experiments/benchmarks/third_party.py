@@ -1,8 +1,8 @@
 """Models that other people wrote, imported without what their packages pull in.
 
-`google-tunix` holds plain NNX models beside trainers and samplers, and its package `__init__` imports all of them. A model file alone
-needs flax and einops. `tunix_model` therefore registers empty parent packages, whose search path is the installed folder, and imports
-the one file; the file itself is what was installed, unmodified.
+`google-tunix` holds plain NNX models beside trainers and samplers, and its package `__init__` imports all of them. A
+model file alone needs flax and einops. `tunix_model` therefore registers empty parent packages, whose search path is
+the installed folder, and imports the one file; the file itself is what was installed, unmodified.
 """
 
 import contextlib
