@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from layout import PROJECT, ROOT, modules
 
 # What `import compax` must leave to the functions that use it; as modules, not as distributions.
