@@ -1,6 +1,15 @@
-"""compax: compiler passes for JAX."""
+"""compax: compiler passes for JAX.
+
+A Flax model is captured as a `Program`, transformed by passes in a `Pipeline`, and runs as an ordinary JAX function.
+"""
 
 if __name__ != "compax":
     raise ImportError(
         "this folder is the package 'compax': install the checkout (pip install -e .) and write 'import compax'"
     )
+
+from compax.encoding import Encoded
+from compax.errors import CompaxError
+from compax.program import Program, capture
+
+__all__ = ["CompaxError", "Encoded", "Program", "capture"]

@@ -394,6 +394,12 @@ def _describe(arguments: Arguments) -> str:
     return ", ".join(f"{name}: {_jax.aval_text(_jax.abstract(a))}" for name, a in pairs) or "no arrays"
 
 
+def check_mode(mode: str | None) -> None:
+    """Raises `CaptureError` unless the mode is one of those that there are."""
+    if mode not in (None, "train", "eval"):
+        raise CaptureError(f"mode is 'train', 'eval' or None, not {mode!r}")
+
+
 def make_source(
     model: Any,
     inputs: tuple[Any, ...],
@@ -409,8 +415,7 @@ def make_source(
     Raises:
         CaptureError: the model is of no kind that can be captured, or an option does not fit its kind.
     """
-    if mode not in (None, "train", "eval"):
-        raise CaptureError(f"mode is 'train', 'eval' or None, not {mode!r}")
+    check_mode(mode)
     if isinstance(model, nnx.Module):
         if variables is not None:
             raise CaptureError("variables belong to Linen modules; an NNX module holds its own")

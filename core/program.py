@@ -123,6 +123,13 @@ class Program:
                     f"the {what} do not fit the program '{self.name}': missing {missing[:3]}, unknown {extra[:3]}; "
                     "pass a dictionary with the paths of program.params and program.state"
                 )
+            for path, x in given.items():
+                if tuple(x.shape) != tuple(own[path].shape) or x.dtype != own[path].dtype:
+                    raise SignatureError(
+                        f"'{path}' is {x.dtype}{list(x.shape)}, but the program '{self.name}' was captured with "
+                        f"{own[path].dtype}{list(own[path].shape)}; capture the model with parameters of that type, or "
+                        "change the type with a pass"
+                    )
 
     def entry(self, name: str | None = None) -> Entry:
         """An entry by name; the first one by default."""
@@ -165,14 +172,12 @@ class Program:
     def with_entry(
         self,
         name: str,
-        model: Any,
         *args: Any,
         method: Any = None,
         mode: str | None = None,
         loss: Callable[..., Any] | None = None,
         constant: Sequence[str] = (),
         static: Sequence[str] = (),
-        variables: Any = None,
         mutable: Any = False,
         **kwargs: Any,
     ) -> "Program":
@@ -180,25 +185,18 @@ class Program:
 
         Args:
             name: the entry's name.
-            model: the model that the program was captured from; only its structure is used.
             *args: example inputs; the other options are those of `compax.capture`.
 
         Raises:
-            CaptureError: the name is taken, or the model has other parameters or state.
+            CaptureError: the name is taken, or the model cannot be called so.
         """
         if name in self.entries:
             raise CaptureError(f"the program has an entry '{name}' already")
-        source, params, state, rest = capturing.make_source(
-            model, args, method=method, mode=mode, loss=loss, variables=variables, mutable=mutable
-        )
-        for what, new, own in (("parameters", params, self.params), ("state", state, self.state)):
-            if new.keys() != own.keys():
-                different = sorted(new.keys() ^ own.keys())
-                raise CaptureError(
-                    f"the model of entry '{name}' has other {what} than the program: {', '.join(different[:5])}"
-                )
+        first = self.entry()
+        capturing.check_mode(mode)
+        source = first.source.variant(method=method, mode=mode, loss=loss, mutable=mutable)
         entry = Entry(name, source, mode, tuple(constant), tuple(static))
-        arguments = capturing.take_apart(entry, rest, kwargs)
+        arguments = capturing.take_apart(entry, args, kwargs)
         captured = self._replay(self._trace(entry, arguments))
         return self.replace(
             entries={**self.entries, name: entry}, graphs={**self.graphs, (name, arguments.signature): captured}

@@ -44,6 +44,10 @@ class Source:
         """Runs the model once, purely; a parameter that the model assigns again is among the changes."""
         raise NotImplementedError
 
+    def variant(self, *, method: Any, mode: str | None, loss: Callable[..., Any] | None, mutable: Any) -> "Source":
+        """The same model, called in another way."""
+        raise NotImplementedError
+
 
 def argument_names(function: Callable[..., Any], skip: int) -> tuple[str, ...]:
     """Names of the positional parameters of `function` after the first `skip`."""
@@ -75,6 +79,11 @@ class NnxSource(Source):
         flat = [(path, _fill(template, params[join(path)])) for path, template in self.params]
         rest = [(path, _fill(template, state[join(path)])) for path, template in self.rest]
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat), nnx.from_flat_state(rest), copy=True)
+
+    def variant(self, *, method: Any, mode: str | None, loss: Callable[..., Any] | None, mutable: Any) -> "NnxSource":
+        params = {join(path): unwrap(variable) for path, variable in self.params}
+        state = {join(path): unwrap(variable) for path, variable in self.rest}
+        return nnx_source(self.restore(params, state), method=method, mode=mode, loss=loss)[0]
 
     def call(self, params: Arrays, state: Arrays, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallResult:
         model = self.restore(params, state)
@@ -151,6 +160,10 @@ class LinenSource(Source):
     mutable: bool | str | Sequence[str]
     loss: Callable[..., Any] | None
 
+    def variant(self, *, method: Any, mode: str | None, loss: Callable[..., Any] | None, mutable: Any) -> "LinenSource":
+        names = linen_arguments(self.module, method, loss)
+        return dataclasses.replace(self, arguments=names, method=method, mutable=mutable, loss=loss)
+
     def call(self, params: Arrays, state: Arrays, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallResult:
         flat = {("params", *path): params[join(path)] for path in self.params}
         flat |= {path: state[join(path)] for path in self.rest}
@@ -195,14 +208,18 @@ def linen_source(
     flat = traverse_util.flatten_dict(_plain(variables))
     params = {path[1:]: x for path, x in flat.items() if path[0] == "params"}
     rest = {path: x for path, x in flat.items() if path[0] != "params"}
-    if loss is not None:
-        target, skip = loss, 1
-    elif callable(method):
-        target, skip = method, 1
-    else:
-        target, skip = getattr(type(module), method or "__call__"), 1
-    source = LinenSource(argument_names(target, skip), module, tuple(params), tuple(rest), method, mutable, loss)
+    names = linen_arguments(module, method, loss)
+    source = LinenSource(names, module, tuple(params), tuple(rest), method, mutable, loss)
     return source, {join(p): x for p, x in params.items()}, {join(p): x for p, x in rest.items()}
+
+
+def linen_arguments(
+    module: nn.Module, method: str | Callable[..., Any] | None, loss: Callable[..., Any] | None
+) -> tuple[str, ...]:
+    """Names of the positional arguments that a call of a Linen module takes."""
+    if loss is not None:
+        return argument_names(loss, 1)
+    return argument_names(method if callable(method) else getattr(type(module), method or "__call__"), 1)
 
 
 def _plain(tree: Any) -> Any:
@@ -219,6 +236,13 @@ class FunctionSource(Source):
     function: Callable[..., Any]
     paths: tuple[str, ...]
     tree: Any
+
+    def variant(
+        self, *, method: Any, mode: str | None, loss: Callable[..., Any] | None, mutable: Any
+    ) -> "FunctionSource":
+        if loss is None:
+            raise CaptureError("a plain function has one way to be called; give another function as `loss`")
+        return dataclasses.replace(self, arguments=argument_names(loss, 1), function=loss)
 
     def call(self, params: Arrays, state: Arrays, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallResult:
         tree = jax.tree.unflatten(self.tree, [params[path] for path in self.paths])
