@@ -143,3 +143,14 @@ def aval_text(aval: AbstractValue) -> str:
     """An abstract value as `f32[8,16]`."""
     shape = ",".join(map(str, getattr(aval, "shape", ())))
     return f"{dtype_text(getattr(aval, 'dtype', aval))}[{shape}]"
+
+
+def vary(x: Array, axes: frozenset[str]) -> Array:
+    """An array marked as varying over more manual mesh axes; the values stay."""
+    missing = tuple(sorted(axes - varying_axes(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def convolve(lhs: Array, rhs: Array, *, preferred_element_type: Any, **attributes: Any) -> Array:
+    """`conv_general_dilated` with the parameters of a recorded equation and another accumulator."""
+    return jax.lax.conv_general_dilated_p.bind(lhs, rhs, preferred_element_type=preferred_element_type, **attributes)

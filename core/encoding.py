@@ -56,6 +56,11 @@ class Encoded:
         """The dense array."""
         raise NotImplementedError
 
+    def prepared(self) -> "Encoded":
+        """The encoding as a program runs with it: statistics that belong to the whole parameter are computed here, once,
+        before any body slices or shards it."""
+        return self
+
     def spec(self, spec: PartitionSpec) -> "Encoded":
         """The same pytree with a `PartitionSpec` in place of each leaf, for a parameter sharded by `spec`.
 

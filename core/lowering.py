@@ -162,18 +162,18 @@ class Evaluator:
         return outputs
 
     def _apply(self, op: Op, operands: list[Any]) -> list[Any]:
-        if op.equation is None:
-            if op.name not in _OPERATIONS:
-                raise LoweringError(f"no lowering is registered for the operation '{op.name}'; import the pass that owns it")
-            outputs = _OPERATIONS[op.name](Call(op, tuple(operands), 0, self))
-            assert outputs is not None, f"the lowering of '{op.name}' declined"
-            return outputs
         encoded = [index for index, x in enumerate(operands) if isinstance(x, Encoded)]
         for index in encoded:
             found = find_rule(op.name, type(operands[index]), self.platform)
             outputs = found(Call(op, tuple(operands), index, self)) if found else None
             if outputs is not None:
                 return outputs
+        if op.equation is None:
+            if op.name not in _OPERATIONS:
+                raise LoweringError(f"no lowering is registered for the operation '{op.name}'; import the pass that owns it")
+            outputs = _OPERATIONS[op.name](Call(op, tuple(operands), 0, self))
+            assert outputs is not None, f"the lowering of '{op.name}' declined"
+            return outputs
         if encoded:
             outputs = _layout(op, operands)
             if outputs is not None:

@@ -92,7 +92,8 @@ class Program:
         for tag in captured.inputs:
             if tag.kind == "parameter":
                 value = params[tag.path]
-                values.append(jax.lax.stop_gradient(value) if tag.path in self.frozen else value)
+                value = jax.lax.stop_gradient(value) if tag.path in self.frozen else value
+                values.append(value.prepared() if isinstance(value, Encoded) else value)
             else:
                 values.append(state[tag.path] if tag.kind == "state" else next(names))
         return lowering.evaluate(captured.graph, values)

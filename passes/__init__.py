@@ -1,1 +1,6 @@
-"""Part of compax."""
+"""The passes. Importing this registers them; each line below is one pass."""
+
+from compax.passes.freeze import Freeze
+from compax.passes.quantize import Quantize
+
+__all__ = ["Freeze", "Quantize"]

@@ -1,0 +1,59 @@
+"""The arithmetic of symmetric integer quantization, as plain array functions.
+
+A value x is stored as the integer q = round(x / scale), with scale = max |x| / 127 over the dimensions that share it
+(Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2017,
+arXiv 1712.05877, in its symmetric form without zero points).
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+INT8_MAX = 127
+
+
+def absmax_scale(x: jax.Array, dims: Sequence[int], axes: Sequence[str] = ()) -> jax.Array:
+    """The scale that maps the largest magnitude to 127.
+
+    Args:
+        x: any floating array.
+        dims: dimensions that share a scale.
+        axes: manual mesh axes that split those dimensions; the maximum is taken over them too.
+
+    Returns:
+        float32, with the rank of `x` and size 1 along `dims`. Where all is zero the scale is 1.
+    """
+    largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=tuple(dims), keepdims=True)
+    if axes:
+        largest = jax.lax.pmax(largest, tuple(axes))
+    return jnp.where(largest > 0, largest / INT8_MAX, 1.0)
+
+
+def to_integers(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """int8: the nearest multiples of `scale`, halves to even, within -127 to 127."""
+    return jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -INT8_MAX, INT8_MAX).astype(jnp.int8)
+
+
+def from_integers(values: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The array that integers and scales stand for."""
+    return (values.astype(jnp.float32) * scale).astype(dtype)
+
+
+@jax.custom_jvp
+def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
+    """`rounded`, with the derivative of `x` (Bengio et al., 2013, arXiv 1308.3432)."""
+    del x
+    return rounded
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals: tuple, tangents: tuple) -> tuple:
+    return primals[1], tangents[0]
+
+
+def fake_quantize(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x` rounded to what int8 with `scale` can hold, in the dtype of `x`; gradients pass straight through."""
+    scale = jax.lax.stop_gradient(scale)
+    rounded = from_integers(to_integers(jax.lax.stop_gradient(x), scale), scale, x.dtype)
+    return straight_through(x, rounded)

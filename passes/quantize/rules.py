@@ -1,0 +1,276 @@
+"""Lowering rules of int8 quantization: products that read the integers.
+
+Stored weights enter a product as integers and their scales are applied to its output. With quantized activations the
+product itself is int8 x int8 into int32. The rules save the encoded operands for the backward pass: a decoded copy of
+every layer would otherwise live through a scan.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from compax import _jax
+from compax.higher_order import name_dot
+from compax.lowering import Call, operation, rule
+from compax.ir import Op
+from compax.passes.quantize.arithmetic import absmax_scale, fake_quantize, to_integers
+from compax.passes.quantize.encoding import QuantizedArray, SeenArray
+
+QUANTIZED = "quantized_contraction"
+"""An operation of ours: a contraction whose activations are rounded to int8, dynamically, by row."""
+
+
+class _Dot(NamedTuple):
+    """The static side of a `dot_general` with a weight; hashable."""
+
+    contract: tuple[tuple[int, ...], tuple[int, ...]]
+    batch: tuple[tuple[int, ...], tuple[int, ...]]
+    weight: int
+    precision: Any
+    dtype: Any
+    integer: bool
+    axes: tuple[str, ...]
+
+    @property
+    def x_dims(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Contracted and batch dimensions of the activations."""
+        return self.contract[1 - self.weight], self.batch[1 - self.weight]
+
+    @property
+    def w_dims(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Contracted and batch dimensions of the weight."""
+        return self.contract[self.weight], self.batch[self.weight]
+
+
+def _free(ndim: int, contract: Sequence[int], batch: Sequence[int]) -> list[int]:
+    return [dim for dim in range(ndim) if dim not in contract and dim not in batch]
+
+
+def _product(x: Any, values: Any, numbers: Any, weight: int, precision: Any, dtype: Any) -> jax.Array:
+    pair = (values, x) if weight == 0 else (x, values)
+    return jax.lax.dot_general(*pair, numbers, precision=precision, preferred_element_type=dtype)
+
+
+def _in_output(scale: jax.Array, dims: tuple[Sequence[int], Sequence[int]], other_free: int, first: bool) -> jax.Array:
+    """A scale of one operand, laid out to multiply the product: batch, then the left operand's free dimensions."""
+    contract, batch = dims
+    free = _free(scale.ndim, contract, batch)
+    moved = jnp.transpose(scale, [*batch, *free, *contract])
+    lead, tail = moved.shape[: len(batch)], moved.shape[len(batch) : len(batch) + len(free)]
+    ones = (1,) * other_free
+    return jnp.reshape(moved, (*lead, *tail, *ones) if first else (*lead, *ones, *tail))
+
+
+def _forward(x: jax.Array, values: jax.Array, scale: jax.Array, dot: _Dot) -> jax.Array:
+    x_free, w_free = x.ndim - len(sum(dot.x_dims, ())), values.ndim - len(sum(dot.w_dims, ()))
+    numbers = (dot.contract, dot.batch)
+    w_scale = _in_output(scale, dot.w_dims, x_free, dot.weight == 0)
+    if dot.integer:
+        x_scale = absmax_scale(x, dot.x_dims[0], dot.axes)
+        out = _product(to_integers(x, x_scale), values, numbers, dot.weight, None, jnp.int32).astype(jnp.float32)
+        out = out * _in_output(x_scale, dot.x_dims, w_free, dot.weight == 1)
+    else:
+        out = _product(x, values.astype(x.dtype), numbers, dot.weight, dot.precision, jnp.float32)
+    return (out * w_scale).astype(dot.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scaled_dot(x: jax.Array, values: jax.Array, scale: jax.Array, dot: _Dot) -> jax.Array:
+    return _forward(x, values, scale, dot)
+
+
+def _scaled_dot_forward(x: jax.Array, values: jax.Array, scale: jax.Array, dot: _Dot) -> tuple[jax.Array, Any]:
+    return _forward(x, values, scale, dot), (values, scale, jnp.zeros((0,), x.dtype))
+
+
+def _scaled_dot_backward(dot: _Dot, saved: Any, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    """The gradient of the activations: the output's, times the scales, contracted with the integers' free dimensions."""
+    values, scale, like = saved
+    (x_contract, x_batch), (w_contract, w_batch) = dot.x_dims, dot.w_dims
+    w_free = _free(values.ndim, w_contract, w_batch)
+    num_x_free = gradient.ndim - len(w_batch) - len(w_free)
+    scaled = gradient.astype(jnp.float32) * _in_output(scale, dot.w_dims, num_x_free, dot.weight == 0)
+    start = len(w_batch) if dot.weight == 0 else len(w_batch) + num_x_free
+    free_in_output = tuple(range(start, start + len(w_free)))
+    numbers = ((free_in_output, tuple(w_free)), (tuple(range(len(w_batch))), w_batch))
+    compute = scaled.astype(like.dtype)
+    out = jax.lax.dot_general(
+        compute, values.astype(like.dtype), numbers, precision=dot.precision, preferred_element_type=jnp.float32
+    )
+    # The product's dimensions are: batch, free of x, then the contracted ones in the weight's order.
+    order = sorted(range(len(w_contract)), key=lambda i: w_contract[i])
+    x_free = _free(num_x_free + len(x_batch) + len(x_contract), x_contract, x_batch)
+    current = [*x_batch, *x_free, *(x_contract[i] for i in order)]
+    return jnp.transpose(out, [current.index(dim) for dim in range(len(current))]).astype(like.dtype), None, None
+
+
+_scaled_dot.defvjp(_scaled_dot_forward, _scaled_dot_backward)
+
+
+def _uniform(*arrays: jax.Array) -> list[jax.Array]:
+    """Arrays that vary over the same manual mesh axes, as a custom derivative inside `shard_map` needs them."""
+    union = frozenset().union(*map(_jax.varying_axes, arrays))
+    return [_jax.vary(x, union) for x in arrays]
+
+
+def _static(op: Op, w: QuantizedArray, weight: int, integer: bool) -> _Dot:
+    contract, batch = op.attributes["dimension_numbers"]
+    names = tuple(dict.fromkeys(name for dim in contract[weight] for name in w.axes_of(dim)))
+    return _Dot(
+        (tuple(contract[0]), tuple(contract[1])),
+        (tuple(batch[0]), tuple(batch[1])),
+        weight,
+        op.attributes["precision"],
+        jnp.dtype(op.outputs[0].dtype),
+        integer,
+        names,
+    )
+
+
+def _scale_is_free_of(w: QuantizedArray, dims: Sequence[int]) -> bool:
+    return all(w.scale.shape[dim] == 1 for dim in dims)
+
+
+def _dot(op: Op, x: Any, w: QuantizedArray, weight: int, integer: bool) -> list[jax.Array] | None:
+    dot = _static(op, w, weight, integer)
+    contract, batch = dot.w_dims
+    x, values, scale = _uniform(x, w.values, w.scale)
+    if not _scale_is_free_of(w, contract):
+        if not _scale_is_free_of(w, _free(w.ndim, contract, batch)):
+            return None
+        # One scale for each contracted element: it belongs to the activations.
+        x = x * _like_activations(scale, dot, x.ndim).astype(x.dtype)
+        scale = jnp.ones((1,) * w.ndim, jnp.float32)
+        scale = _uniform(x, values, scale)[2]
+    return [name_dot(_scaled_dot(x, values, scale, dot), bool(batch))]
+
+
+def _like_activations(scale: jax.Array, dot: _Dot, ndim: int) -> jax.Array:
+    """A scale over contracted and batch dimensions of the weight, laid out like the activations."""
+    (x_contract, x_batch), (w_contract, w_batch) = dot.x_dims, dot.w_dims
+    free = _free(scale.ndim, w_contract, w_batch)
+    moved = jnp.transpose(scale, [*w_batch, *w_contract, *free])
+    moved = jnp.reshape(moved, moved.shape[: len(w_batch) + len(w_contract)])
+    places = [*x_batch, *x_contract]
+    moved = jnp.transpose(moved, sorted(range(len(places)), key=lambda i: places[i]))
+    return jnp.expand_dims(moved, [dim for dim in range(ndim) if dim not in places])
+
+
+@rule("dot_general", QuantizedArray)
+def _weight_only_dot(call: Call) -> list[jax.Array] | None:
+    x = call.operands[1 - call.index]
+    if isinstance(x, QuantizedArray) or not jnp.issubdtype(x.dtype, jnp.floating):
+        return None
+    return _dot(call.op, x, call.encoded, call.index, integer=False)
+
+
+@rule("ragged_dot_general", QuantizedArray)
+def _weight_only_ragged(call: Call) -> list[jax.Array] | None:
+    return _ragged(call.op, call.operands, integer=False) if call.index == 1 else None
+
+
+def _ragged(op: Op, operands: Sequence[Any], *, integer: bool) -> list[jax.Array] | None:
+    """Rows in groups, each group with its own matrix: a row's scale is its group's."""
+    x, w, sizes = operands[:3]
+    numbers = op.attributes["ragged_dot_dimension_numbers"]
+    (contract, batch) = numbers.dot_dimension_numbers
+    plain = not batch[0] and numbers.lhs_ragged_dimensions == (0,) and numbers.rhs_group_dimensions == (0,)
+    if not plain or x.ndim != 2 or w.ndim != 3 or not _scale_is_free_of(w, contract[1]):
+        return None
+    ends = jnp.cumsum(sizes)
+    group = jnp.minimum(jnp.searchsorted(ends, jnp.arange(x.shape[0]), side="right"), sizes.shape[0] - 1)
+    scale = jax.lax.stop_gradient(jnp.squeeze(w.scale, contract[1][0]))[group]
+    rows = x
+    if integer:
+        row_scale = jax.lax.stop_gradient(absmax_scale(x, contract[0]))
+        rows = fake_quantize(x, row_scale)
+    out = jax.lax.ragged_dot_general(
+        rows,
+        w.values.astype(x.dtype),
+        sizes,
+        numbers,
+        precision=op.attributes["precision"],
+        preferred_element_type=jnp.float32,
+    )
+    return [(out * scale).astype(op.outputs[0].dtype)]
+
+
+@rule("conv_general_dilated", QuantizedArray)
+def _weight_only_convolution(call: Call) -> list[jax.Array] | None:
+    return _convolution(call.op, call.operands[0], call.encoded) if call.index == 1 else None
+
+
+def _convolution(op: Op, x: Any, w: QuantizedArray) -> list[jax.Array] | None:
+    numbers = op.attributes["dimension_numbers"]
+    if not _scale_is_free_of(w, numbers.rhs_spec[1:]):
+        return None
+    options = {k: v for k, v in op.attributes.items() if k != "preferred_element_type"}
+    out = _jax.convolve(x, w.values.astype(x.dtype), preferred_element_type=jnp.float32, **options)
+    shape = [1] * out.ndim
+    shape[numbers.out_spec[1]] = -1
+    scale = jax.lax.stop_gradient(jnp.reshape(w.scale, shape))
+    return [(out * scale).astype(op.outputs[0].dtype)]
+
+
+@rule("dot_general", SeenArray)
+@rule("conv_general_dilated", SeenArray)
+@rule("ragged_dot_general", SeenArray)
+def _seen(call: Call) -> list[jax.Array]:
+    operands = list(call.operands)
+    operands[call.index] = call.encoded.decode()
+    return call.again(call.op, operands)
+
+
+def _activation_dims(op: Op, weight: int) -> tuple[tuple[int, ...], int]:
+    """Dimensions of the activations that share a scale, and which operand they are.
+
+    A contraction has a scale for each row: all contracted dimensions share it. A convolution has one for each example,
+    because a pixel enters many outputs.
+    """
+    if op.name == "dot_general":
+        return tuple(op.attributes["dimension_numbers"][0][1 - weight]), 1 - weight
+    if op.name == "ragged_dot_general":
+        return tuple(op.attributes["ragged_dot_dimension_numbers"].dot_dimension_numbers[0][0]), 0
+    batch = op.attributes["dimension_numbers"].lhs_spec[0]
+    return tuple(dim for dim in range(len(op.inputs[0].shape)) if dim != batch), 0
+
+
+def _rounded(op: Op, operands: Sequence[Any], weight: int) -> list[Any]:
+    """Operands with the activations rounded to int8, in their own dtype, straight through for gradients."""
+    dims, place = _activation_dims(op, weight)
+    w, x = operands[weight], operands[place]
+    names: tuple[str, ...] = ()
+    if isinstance(w, (QuantizedArray, SeenArray)) and op.name == "dot_general":
+        names = tuple(
+            dict.fromkeys(n for dim in op.attributes["dimension_numbers"][0][weight] for n in w.axes_of(dim))
+        )
+    rounded = list(operands)
+    rounded[place] = fake_quantize(x, absmax_scale(jax.lax.stop_gradient(x), dims, names))
+    return rounded
+
+
+@operation(QUANTIZED)
+def _quantized_contraction(call: Call) -> list[jax.Array]:
+    """Any weight: the rounded activations in the original product, which computes what int8 would."""
+    op = call.op.bodies[0].ops[0]
+    return call.again(op, _rounded(op, call.operands, call.op.attributes["weight"]))
+
+
+@rule(QUANTIZED, QuantizedArray)
+def _integer_contraction(call: Call) -> list[jax.Array] | None:
+    """Stored int8 weights: the product in integers, where the format allows it."""
+    op = call.op.bodies[0].ops[0]
+    weight = call.op.attributes["weight"]
+    if call.index != weight or call.op.attributes["simulated"]:
+        return None
+    w = call.encoded
+    if op.name == "dot_general":
+        (contract, _) = op.attributes["dimension_numbers"]
+        if _scale_is_free_of(w, contract[weight]):
+            return _dot(op, call.operands[1 - weight], w, weight, integer=True)
+    if op.name == "ragged_dot_general":
+        return _ragged(op, call.operands, integer=True)
+    return None
