@@ -3,9 +3,12 @@
 import ast
 import dataclasses
 import graphlib
+import importlib.metadata
+import re
+import sys
 from collections.abc import Iterator
 
-from layout import FOLDERS, ROOT, modules
+from layout import FOLDERS, PROJECT, ROOT, modules
 
 MAY_IMPORT = {
     "core": {"core"},
@@ -89,6 +92,11 @@ def unit_of(module: str) -> str:
     return ".".join(module.split(".")[:3])
 
 
+def distribution(requirement: str) -> str:
+    """The normalized name in a requirement: `Orbax_Checkpoint>=0.12; extra` is of `orbax-checkpoint`."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
+
+
 def ours() -> Iterator[tuple[str, str, str]]:
     """Each import of one of our modules by another: importer, imported, and where it stands."""
     for importer, found in IMPORTS.items():
@@ -131,6 +139,18 @@ def test_jax_internals_stay_in_one_file() -> None:
         if module != JAX_BOUNDARY and f"{each.target}.".startswith(tuple(f"{name}." for name in JAX_INTERNALS))
     ]
     assert wrong == []
+
+
+def test_imported_libraries_are_declared_and_declared_ones_imported() -> None:
+    required = set(PROJECT["project"]["dependencies"])
+    optional = {each for extra in PROJECT["project"]["optional-dependencies"].values() for each in extra}
+    tops = {each.target.partition(".")[0] for found in IMPORTS.values() for each in found}
+    libraries = tops - {"compax"} - sys.stdlib_module_names
+    owners = importlib.metadata.packages_distributions()
+    imported = {library: {distribution(name) for name in owners.get(library, [library])} for library in libraries}
+    known = {distribution(requirement) for requirement in required | optional}
+    assert {library: names for library, names in imported.items() if not names & known} == {}
+    assert {distribution(requirement) for requirement in required} - set().union(*imported.values()) == set()
 
 
 def test_no_import_cycles() -> None:
