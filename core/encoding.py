@@ -58,7 +58,8 @@ class Encoded:
 
     def prepared(self) -> "Encoded":
         """The encoding as a program runs with it: statistics that belong to the whole parameter are computed here, once,
-        before any body slices or shards it."""
+        before any body slices or shards it.
+        """
         return self
 
     def spec(self, spec: PartitionSpec) -> "Encoded":

@@ -59,7 +59,9 @@ def _place(x: Any, sharding: Any) -> Any:
         return x
     specs = x.spec(sharding.spec) if isinstance(x, Encoded) else sharding.spec
     return jax.tree.map(
-        lambda leaf, spec: jax.lax.with_sharding_constraint(leaf, jax.sharding.NamedSharding(sharding.mesh, spec)), x, specs
+        lambda leaf, spec: jax.lax.with_sharding_constraint(leaf, jax.sharding.NamedSharding(sharding.mesh, spec)),
+        x,
+        specs,
     )
 
 
@@ -103,13 +105,13 @@ def _scan(evaluator: "Evaluator", op: Op, operands: list[Any]) -> list[Any]:
         with evaluator.loop(length, [*constants, *initial]):
             outputs = evaluator.run(body, [*constants, *full, *x])
             after = [
-                evaluator.dense(y, "scan carry")
-                for y, keep in zip(outputs[:num_carry], kept, strict=True)
-                if not keep
+                evaluator.dense(y, "scan carry") for y, keep in zip(outputs[:num_carry], kept, strict=True) if not keep
             ]
             return after, [evaluator.dense(y, "scan output") for y in outputs[num_carry:]]
 
-    final, ys = jax.lax.scan(turn, carried, xs, length=length, reverse=attributes["reverse"], unroll=attributes["unroll"])
+    final, ys = jax.lax.scan(
+        turn, carried, xs, length=length, reverse=attributes["reverse"], unroll=attributes["unroll"]
+    )
     given = iter(final)
     return [*(held if keep else next(given) for held, keep in zip(initial, kept, strict=True)), *ys]
 
@@ -154,9 +156,7 @@ def _cond(evaluator: "Evaluator", op: Op, operands: list[Any]) -> list[Any]:
 def _shard_map(evaluator: "Evaluator", op: Op, operands: list[Any]) -> list[Any]:
     attributes = op.attributes
     specs = attributes["in_specs"]
-    in_specs = tuple(
-        x.spec(spec) if isinstance(x, Encoded) else spec for x, spec in zip(operands, specs, strict=True)
-    )
+    in_specs = tuple(x.spec(spec) if isinstance(x, Encoded) else spec for x, spec in zip(operands, specs, strict=True))
 
     def local(*args: Any) -> list[Any]:
         marked = [x.manual(spec) if isinstance(x, Encoded) else x for x, spec in zip(args, specs, strict=True)]

@@ -170,7 +170,9 @@ class Evaluator:
                 return outputs
         if op.equation is None:
             if op.name not in _OPERATIONS:
-                raise LoweringError(f"no lowering is registered for the operation '{op.name}'; import the pass that owns it")
+                raise LoweringError(
+                    f"no lowering is registered for the operation '{op.name}'; import the pass that owns it"
+                )
             outputs = _OPERATIONS[op.name](Call(op, tuple(operands), 0, self))
             assert outputs is not None, f"the lowering of '{op.name}' declined"
             return outputs
@@ -224,7 +226,10 @@ def _layout(op: Op, operands: list[Any]) -> list[Any] | None:
     """The result of a layout operation on encodings, or None."""
     first, attributes = operands[0], op.attributes
     if op.name == "concatenate":
-        if isinstance(first, Encoded) and (result := first.concatenate(operands[1:], attributes["dimension"])) is not None:
+        if (
+            isinstance(first, Encoded)
+            and (result := first.concatenate(operands[1:], attributes["dimension"])) is not None
+        ):
             return [result]
         return None
     if op.name == "optimization_barrier":
@@ -264,7 +269,9 @@ def _constrain(x: Encoded, sharding: Any) -> Encoded | None:
         return None
     specs = x.spec(sharding.spec)
     return jax.tree.map(
-        lambda leaf, spec: jax.lax.with_sharding_constraint(leaf, jax.sharding.NamedSharding(sharding.mesh, spec)), x, specs
+        lambda leaf, spec: jax.lax.with_sharding_constraint(leaf, jax.sharding.NamedSharding(sharding.mesh, spec)),
+        x,
+        specs,
     )
 
 

@@ -62,7 +62,9 @@ class Program:
         if key not in self.memo:
             captured = self.graph(chosen.name, arguments)
             self.memo[key] = jax.jit(lambda params, state, arrays: self._flat(captured, params, state, arrays))
-        return self._finish(self.graph(chosen.name, arguments), arguments, self.memo[key](self.params, self.state, arguments.arrays))[0]
+        return self._finish(
+            self.graph(chosen.name, arguments), arguments, self.memo[key](self.params, self.state, arguments.arrays)
+        )[0]
 
     def apply(self, params: Arrays, state: Arrays, *args: Any, entry: str | None = None, **kwargs: Any) -> Result:
         """The program as a pure function, for `jax.jit`, `jax.grad`, `jax.vmap` and the rest.

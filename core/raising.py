@@ -142,9 +142,7 @@ class _Finder:
         self.found.append((site, frozenset().union(*(fact.near for fact in facts))))
         return True
 
-    def _enter(
-        self, op: Op, facts: Sequence[_Fact], step: Path, loops: tuple[int, ...], opaque: str
-    ) -> list[_Fact]:
+    def _enter(self, op: Op, facts: Sequence[_Fact], step: Path, loops: tuple[int, ...], opaque: str) -> list[_Fact]:
         """Facts of the outputs of an operation with bodies."""
         bodies = op.bodies
         if op.name == "scan":
@@ -167,7 +165,9 @@ class _Finder:
                 self.visit(body, facts[1:], (*step[:-1], (step[-1][0], index)), loops, opaque)
                 for index, body in enumerate(bodies)
             ]
-            return [_Fact(None, _bounded(frozenset().union(*(f.near for f in each)))) for each in zip(*results, strict=True)]
+            return [
+                _Fact(None, _bounded(frozenset().union(*(f.near for f in each)))) for each in zip(*results, strict=True)
+            ]
         reason = opaque
         if op.name not in _jax.ENTERABLE and op.equation is not None:
             reason = opaque or f"inside {op.name}, whose derivative rule belongs to the body as it is"
@@ -191,7 +191,9 @@ class _Finder:
         self.visit(condition, [*facts[:num_condition], *carried], step, inner, opaque)
         path = (*step[:-1], (step[-1][0], 1))
         outputs = self.visit(body, [*facts[num_condition : num_condition + num_body], *carried], path, inner, opaque)
-        return [before if before.origin else _Fact(None, after.near) for before, after in zip(carried, outputs, strict=True)]
+        return [
+            before if before.origin else _Fact(None, after.near) for before, after in zip(carried, outputs, strict=True)
+        ]
 
 
 def _bounded(near: frozenset[str]) -> frozenset[str]:

@@ -173,9 +173,7 @@ class LinenSource(Source):
             call = nn.apply(self.loss, self.module, mutable=self.mutable)
             result = call(variables, *args, rngs=rngs, **kwargs)
         else:
-            result = self.module.apply(
-                variables, *args, rngs=rngs, method=self.method, mutable=self.mutable, **kwargs
-            )
+            result = self.module.apply(variables, *args, rngs=rngs, method=self.method, mutable=self.mutable, **kwargs)
         if self.mutable is False:
             return result, {}, {}
         output, changed = result

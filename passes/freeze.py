@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 from compax.contracts import Exact
 from compax.errors import SelectorError
 from compax.program import Program
-from compax.selectors import select
 from compax.transform import Context, Pass, PassResult, SiteReport, register
 
 __all__ = ["Freeze"]
@@ -42,7 +41,7 @@ class Freeze(Pass):
     def run(self, program: Program, context: Context) -> PassResult:
         if not program.params:
             raise SelectorError(f"the program '{program.name}' has no parameters to freeze")
-        chosen = [p.name for p in select(self.at, [_Parameter(path) for path in program.params], what="parameter")]
+        chosen = [p.name for p in self.select([_Parameter(path) for path in program.params])]
         reports = tuple(
             SiteReport(
                 name=path,

@@ -138,7 +138,7 @@ def reshape_groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[li
                 products[1] *= after[j]
                 right.append(j)
                 j += 1
-            if products[0] == products[1] and (left and right or (i >= len(before) and j >= len(after))):
+            if products[0] == products[1] and ((left and right) or (i >= len(before) and j >= len(after))):
                 break
             if i >= len(before) and j >= len(after):
                 break

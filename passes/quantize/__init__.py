@@ -16,8 +16,7 @@ from compax.passes.quantize.encoding import QuantizedArray, SimulatedArray, quan
 from compax.passes.quantize.rules import QUANTIZED
 from compax.program import Program
 from compax.raising import Site, Use, find_sites
-from compax.selectors import select
-from compax.transform import Context, Pass, PassResult, SiteReport, register
+from compax.transform import Context, Pass, PassResult, SiteReport, Status, register
 
 __all__ = ["Quantize", "QuantizedArray", "SimulatedArray"]
 
@@ -61,6 +60,7 @@ class Quantize(Pass):
     example: ClassVar[str] = "quantize(weights=int8, activations=int8)"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for option, value, known in (
             ("weights", self.weights, ("int8",)),
             ("activations", self.activations, (None, "int8")),
@@ -71,7 +71,7 @@ class Quantize(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         sites = [site for captured in program.graphs.values() for site in find_sites(captured) if site.kind in KINDS]
-        chosen = {site.name for site in select(self.at, sites, what="linear, embedding or convolution")}
+        chosen = {site.name for site in self.select(sites)}
         by_parameter = uses_by_parameter(sites)
         params = dict(program.params)
         refused: dict[str, str] = {}
@@ -84,15 +84,14 @@ class Quantize(Pass):
                     continue
                 reduced = sorted({dim for _, use in uses for dim in use.reduced})
                 params[path] = self._encode(params[path], reduced)
-                context.release(program.params[path], params[path])
+                if context.donate and not self.train:
+                    _release(program.params[path], params[path])
         decisions, reports = self._decide(sites, chosen, refused)
-        graphs = {key: self.rewrite(captured, decisions) for key, captured in program.graphs.items()}
-        changed = {}
-        if any(params[path] is not program.params[path] for path in params):
-            changed["params"] = params
-        if any(graphs[key] is not program.graphs[key] for key in graphs):
-            changed["graphs"] = graphs
-        result = program.replace(**changed) if changed else program
+        graphs = self.rewrite_graphs(program, decisions)
+        encoded = any(params[path] is not program.params[path] for path in params)
+        if not encoded and graphs is program.graphs:
+            return PassResult(program=program, sites=reports, decisions=decisions)
+        result = program.replace(params=params if encoded else program.params, graphs=graphs)
         return PassResult(program=result, sites=reports, decisions=decisions)
 
     def _refuse(self, x: Any, outside: list[str], frozen: bool) -> str:
@@ -125,7 +124,8 @@ class Quantize(Pass):
             if site.name not in chosen:
                 continue
             reasons = [refused[use.parameter] for use in site.uses if use.parameter in refused]
-            status, reason = ("skipped", reasons[0]) if reasons else ("rewritten", "")
+            status: Status = "skipped" if reasons else "rewritten"
+            reason = reasons[0] if reasons else ""
             usable = not reasons or reasons[0].startswith("already")
             if self.activations and site.kind != "embedding" and usable:
                 if site.opaque:
@@ -133,9 +133,7 @@ class Quantize(Pass):
                 else:
                     decisions[site.name] = {"simulated": self.train}
                     status, reason = "rewritten", ""
-            reports.setdefault(
-                site.name, SiteReport(name=site.name, kind=site.kind, status=status, reason=reason, parameter=site.parameter)
-            )
+            reports.setdefault(site.name, SiteReport.of(site, status, reason))
         return decisions, tuple(reports.values())
 
     def rewrite(self, captured: Captured, decisions: Mapping[str, Any]) -> Captured:
@@ -184,6 +182,13 @@ def uses_by_parameter(sites: list[Site]) -> dict[str, list[tuple[Site, Use]]]:
 
 
 _quantize_jit = jax.jit(quantize_array, static_argnums=1)
+
+
+def _release(before: Any, after: Any) -> None:
+    """Frees a parameter that was given away, once what replaces it is there: donating float32 into int8 frees nothing."""
+    if isinstance(before, jax.Array):
+        jax.block_until_ready(after)
+        before.delete()
 
 
 def _store(x: Any, reduced: list[int]) -> QuantizedArray:

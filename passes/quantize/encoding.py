@@ -150,7 +150,7 @@ class ScaledArray(Encoded):
         mode, fill = attributes["mode"], attributes.get("fill_value")
         indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
         fills = mode == jax.lax.GatherScatterMode.FILL_OR_DROP
-        if any(self._shared(dim) for dim in indexed) or (fills and fill is not None and not jnp.isnan(fill)):
+        if any(self._shared(dim) for dim in indexed) or (fills and fill is not None and fill == fill):
             return None
         options = dict(
             dimension_numbers=numbers,
@@ -242,8 +242,6 @@ def quantize_array(x: Any, reduced: Sequence[int]) -> QuantizedArray:
     dtype = jnp.dtype(x.dtype)
     if isinstance(x, jax.ShapeDtypeStruct):
         scale = tuple(1 if dim in reduced else size for dim, size in enumerate(x.shape))
-        return QuantizedArray(
-            jax.ShapeDtypeStruct(x.shape, jnp.int8), jax.ShapeDtypeStruct(scale, jnp.float32), dtype
-        )
+        return QuantizedArray(jax.ShapeDtypeStruct(x.shape, jnp.int8), jax.ShapeDtypeStruct(scale, jnp.float32), dtype)
     scale = arithmetic.absmax_scale(x, reduced)
     return QuantizedArray(arithmetic.to_integers(x, scale), scale, dtype)

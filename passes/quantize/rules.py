@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from compax import _jax
 from compax.higher_order import name_dot
-from compax.lowering import Call, operation, rule
 from compax.ir import Op
+from compax.lowering import Call, operation, rule
 from compax.passes.quantize.arithmetic import absmax_scale, fake_quantize, to_integers
 from compax.passes.quantize.encoding import QuantizedArray, SeenArray
 
@@ -244,9 +244,7 @@ def _rounded(op: Op, operands: Sequence[Any], weight: int) -> list[Any]:
     w, x = operands[weight], operands[place]
     names: tuple[str, ...] = ()
     if isinstance(w, (QuantizedArray, SeenArray)) and op.name == "dot_general":
-        names = tuple(
-            dict.fromkeys(n for dim in op.attributes["dimension_numbers"][0][weight] for n in w.axes_of(dim))
-        )
+        names = tuple(dict.fromkeys(n for dim in op.attributes["dimension_numbers"][0][weight] for n in w.axes_of(dim)))
     rounded = list(operands)
     rounded[place] = fake_quantize(x, absmax_scale(jax.lax.stop_gradient(x), dims, names))
     return rounded
