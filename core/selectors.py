@@ -128,7 +128,7 @@ def select(selector: str, sites: Iterable[AnyNamed], *, what: str) -> list[AnyNa
     Args:
         selector: the text of a selector.
         sites: what there is to select from.
-        what: who selects, for the message, such as the text of a pass.
+        what: what they are, for the message: "linear or convolution", "parameter".
 
     Raises:
         SelectorError: the selector is malformed, or nothing matches; the message names the closest sites.
@@ -137,23 +137,23 @@ def select(selector: str, sites: Iterable[AnyNamed], *, what: str) -> list[AnyNa
     offered = list(sites)
     chosen = [site for site in offered if parsed.matches(site.name, site.kind)]
     if not chosen:
-        raise SelectorError(f"{what}: {explain(parsed, offered)}")
+        raise SelectorError(explain(parsed, offered, what=what))
     return chosen
 
 
-def explain(selector: Selector, sites: Sequence[Named], *, limit: int = 5) -> str:
+def explain(selector: Selector, sites: Sequence[Named], *, what: str, limit: int = 5) -> str:
     """Why a selector selects none of `sites`, with the names that come closest."""
+    message = f"the selector '{selector.text}' matches no {what}"
     if not sites:
-        return f"the selector '{selector.text}' matched nothing: there are no sites that it could match"
+        return f"{message}: the program has none"
     wanted = [term for term in selector.terms if not term.exclude]
-    other_kind = [s for s in sites if any(term.pattern.fullmatch(f"{s.name}.") for term in wanted)]
-    excluded = [s for s in other_kind if any(term.matches(s.name, s.kind) for term in wanted)]
-    message = f"the selector '{selector.text}' matched none of {len(sites)} sites"
+    named = [s for s in sites if any(term.pattern.fullmatch(f"{s.name}.") for term in wanted)]
+    excluded = [s for s in named if any(term.matches(s.name, s.kind) for term in wanted)]
     if excluded:
-        return f"{message}: it leaves out everything that it includes, such as {_list(excluded[:limit])}"
-    if other_kind:
-        return f"{message}: these have such a name, but are of another kind: {_list(other_kind[:limit])}"
-    return f"{message}; the closest are {_list(_closest(wanted, sites, limit))}"
+        return f"{message}: it leaves out all that it includes, such as {_list(excluded[:limit])}"
+    if named:
+        return f"{message}: sites of that name are of another kind: {_list(named[:limit])}"
+    return f"{message}; closest of {len(sites)}: {_list(_closest(wanted, sites, limit))}"
 
 
 def _closest(terms: Sequence[Term], sites: Sequence[Named], limit: int) -> list[Named]:

@@ -12,6 +12,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
+import jax
+
 from compax import selectors, text
 from compax.capture import Captured
 from compax.contracts import Contract, Exact
@@ -157,6 +159,20 @@ class Context:
     target: Any = None
     donate: bool = False
 
+    def release(self, old: Any, new: Any) -> None:
+        """Deletes the arrays of a parameter that was converted, if the caller gave them away.
+
+        Args:
+            old: the parameter as it was.
+            new: what stands for it from now on; its own arrays are kept.
+        """
+        if not self.donate:
+            return
+        kept = {id(leaf) for leaf in jax.tree.leaves(jax.block_until_ready(new))}
+        for leaf in jax.tree.leaves(old):
+            if isinstance(leaf, jax.Array) and id(leaf) not in kept and not leaf.is_deleted():
+                leaf.delete()
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pass:
@@ -230,15 +246,18 @@ class Pass:
         """The contract under these options; by default that of the class."""
         return self.contract
 
-    def select(self, sites: Iterable[AnyNamed]) -> list[AnyNamed]:
+    def select(self, sites: Iterable[AnyNamed], what: str = "site") -> list[AnyNamed]:
         """Those of `sites` that `at` selects; none, if there are none and the pass is not strict.
+
+        Args:
+            sites: what there is to select from.
+            what: what they are, for the message.
 
         Raises:
             SelectorError: `at` selects nothing; the message names the closest sites.
         """
-        sites = list(sites)
         if self.strict:
-            return selectors.select(self.at, sites, what=str(self))
+            return selectors.select(self.at, sites, what=what)
         selector = Selector.parse(self.at)
         return [site for site in sites if selector.matches(site.name, site.kind)]
 
