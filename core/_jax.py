@@ -154,3 +154,8 @@ def vary(x: Array, axes: frozenset[str]) -> Array:
 def convolve(lhs: Array, rhs: Array, *, preferred_element_type: Any, **attributes: Any) -> Array:
     """`conv_general_dilated` with the parameters of a recorded equation and another accumulator."""
     return jax.lax.conv_general_dilated_p.bind(lhs, rhs, preferred_element_type=preferred_element_type, **attributes)
+
+
+def source_text(equation: Equation) -> str:
+    """Where the model's code asked for an equation: `file.py:12:4 (function)`."""
+    return _source_info.summarize(equation.source_info)

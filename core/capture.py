@@ -322,8 +322,7 @@ def trace_entry(entry: Entry, arguments: Arguments, params: Arrays, state: Array
         record["updates"], record["aux"] = tuple(updates), tuple(aux)
         returned = []
         if signature.objects is not None:
-            definition, after = nnx.split(objects)
-            flat_after = list(nnx.to_flat_state(after))
+            flat_after = list(nnx.to_flat_state(nnx.state(objects)))
             if len(flat_after) != len(flat) - len(params) - len(state) - _count_dynamic(signature):
                 raise CaptureError(
                     f"the call of '{entry.name}' adds or removes variables of an object among its arguments; give the "
@@ -346,7 +345,8 @@ def trace_entry(entry: Entry, arguments: Arguments, params: Arrays, state: Array
         raise
     except Exception as error:
         raise CaptureError(
-            f"the model fails while '{entry.name}' is traced with {_describe(arguments)}: {type(error).__name__}: {error}"
+            f"the model fails while '{entry.name}' is traced with {_describe(arguments)}: "
+            f"{type(error).__name__}: {error}"
         ) from error
     tags = (
         *(Input("parameter", path) for path in params),
@@ -431,6 +431,6 @@ def make_source(
         source, params = function_source(function, inputs[0])
         return source, params, {}, inputs[1:]
     raise CaptureError(
-        f"cannot capture a {type(model).__name__}: give an nnx.Module, a linen Module with its variables, or a function "
-        "fn(params, *inputs)"
+        f"cannot capture a {type(model).__name__}: give an nnx.Module, a linen Module with its variables, or a "
+        "function fn(params, *inputs)"
     )

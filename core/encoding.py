@@ -57,8 +57,9 @@ class Encoded:
         raise NotImplementedError
 
     def prepared(self) -> "Encoded":
-        """The encoding as a program runs with it: statistics that belong to the whole parameter are computed here, once,
-        before any body slices or shards it.
+        """The encoding as a program runs with it.
+
+        Statistics of the whole parameter are computed here, once, before any body slices or shards it.
         """
         return self
 

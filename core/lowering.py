@@ -145,8 +145,7 @@ class Evaluator:
 
         for op in graph.ops:
             outputs = self.apply(op, [read(x) for x in op.inputs])
-            for value, array in zip(op.outputs, outputs, strict=True):
-                env[value] = array
+            env.update(zip(op.outputs, outputs, strict=True))
             for x in op.inputs:
                 if isinstance(x, Value):
                     remaining[x] -= 1

@@ -188,7 +188,14 @@ class Program:
 
         Args:
             name: the entry's name.
-            *args: example inputs; the other options are those of `compax.capture`.
+            *args: example inputs.
+            method: the method to capture.
+            mode: "train" or "eval" for NNX modules; by default as the model was given.
+            loss: captured in place of the call.
+            constant: names of arguments whose values become part of the graph.
+            static: names of arguments that are passed on as they are.
+            mutable: collections that a Linen module may write.
+            **kwargs: example inputs by name.
 
         Raises:
             CaptureError: the name is taken, or the model cannot be called so.

@@ -223,7 +223,7 @@ def _uses(origin: Origin, dims: Sequence[int]) -> tuple[Use, ...]:
 
 
 def _dot(op: Op, facts: Sequence[_Fact]) -> _Found | None:
-    (contract, batch) = op.attributes["dimension_numbers"]
+    (contract, _) = op.attributes["dimension_numbers"]
     left, right = op.inputs[0].shape, op.inputs[1].shape
     if not contract[0] or not _floating(op.outputs[0]):
         return None
@@ -287,7 +287,7 @@ _RECOGNIZE: Mapping[str, Any] = {
 
 
 def _named(found: Sequence[tuple[Site, frozenset[str]]]) -> tuple[Site, ...]:
-    """Sites with their names: of the parameter's module where it owns just one such parameter, else of the parameter."""
+    """Sites with their names: the parameter's module if it owns no other such parameter, else the parameter."""
     owned: dict[str, set[str]] = collections.defaultdict(set)
     for site, _ in found:
         for use in site.uses:

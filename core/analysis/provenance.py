@@ -123,7 +123,7 @@ def reshape_dims(dims: Dims, before: Sequence[int], after: Sequence[int]) -> lis
 
 
 def reshape_groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Splits a reshape into the smallest runs of dimensions with equal products: (positions before, positions after)."""
+    """Splits a reshape into the smallest runs of dimensions of equal product: (positions before, positions after)."""
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) or j < len(after):

@@ -31,8 +31,8 @@ class Quantize(Pass):
     1. `weights=int8`: each weight of a linear, an embedding or a convolution becomes integers with one float32 scale
        for each output channel (each row of an embedding); stacked layers and experts keep their own. Products read the
        integers and apply the scales to their output.
-    2. `activations=int8` besides: the input of each linear is rounded when the program runs, with one scale for each row
-       (of a convolution: each example), and the product is int8 x int8 into int32 (Dettmers et al., "LLM.int8()", 2022,
+    2. `activations=int8` besides: the input of each linear is rounded when the program runs, with one scale for each
+       row (of a convolution: each example), and the product is int8 x int8 into int32 (Dettmers et al., "LLM.int8()", 2022,
        arXiv 2208.07339, without its outliers).
     3. `train=true`: quantization-aware training. Parameters stay float masters that are seen through int8; gradients
        pass straight through (Jacob et al., 2017, arXiv 1712.05877; Bengio et al., 2013, arXiv 1308.3432). Running the
@@ -185,7 +185,7 @@ _quantize_jit = jax.jit(quantize_array, static_argnums=1)
 
 
 def _release(before: Any, after: Any) -> None:
-    """Frees a parameter that was given away, once what replaces it is there: donating float32 into int8 frees nothing."""
+    """Frees a parameter that was given away, once its successor is there: donating float32 into int8 frees nothing."""
     if isinstance(before, jax.Array):
         jax.block_until_ready(after)
         before.delete()

@@ -152,11 +152,11 @@ class ScaledArray(Encoded):
         fills = mode == jax.lax.GatherScatterMode.FILL_OR_DROP
         if any(self._shared(dim) for dim in indexed) or (fills and fill is not None and fill == fill):
             return None
-        options = dict(
-            dimension_numbers=numbers,
-            unique_indices=attributes["unique_indices"],
-            indices_are_sorted=attributes["indices_are_sorted"],
-        )
+        options = {
+            "dimension_numbers": numbers,
+            "unique_indices": attributes["unique_indices"],
+            "indices_are_sorted": attributes["indices_are_sorted"],
+        }
         sizes = attributes["slice_sizes"]
         scale_sizes = [1 if self._shared(dim) else size for dim, size in enumerate(sizes)]
         value_mode = jax.lax.GatherScatterMode.CLIP if fills else mode

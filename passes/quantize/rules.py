@@ -87,7 +87,7 @@ def _scaled_dot_forward(x: jax.Array, values: jax.Array, scale: jax.Array, dot: 
 
 
 def _scaled_dot_backward(dot: _Dot, saved: Any, gradient: jax.Array) -> tuple[jax.Array, None, None]:
-    """The gradient of the activations: the output's, times the scales, contracted with the integers' free dimensions."""
+    """The gradient of the activations: the output's, scaled, contracted with the integers' free dimensions."""
     values, scale, like = saved
     (x_contract, x_batch), (w_contract, w_batch) = dot.x_dims, dot.w_dims
     w_free = _free(values.ndim, w_contract, w_batch)
