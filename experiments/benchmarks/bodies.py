@@ -327,7 +327,7 @@ def _tokens() -> jax.Array:
 ORDINARY: tuple[Body, ...] = (
     _layer("nnx.Linear", WithLinear, "linear"),
     _plain("x @ w", lambda x, w: x @ w),
-    _plain("jnp.dot", jnp.dot),
+    _plain("jnp.dot", lambda x, w: jnp.dot(x, w)),
     _plain("jnp.tensordot", lambda x, w: jnp.tensordot(x, w, axes=1)),
     _plain("x @ w.T", lambda x, w: x @ w.T),
     _plain("bfloat16 cast", lambda x, w: x @ w.astype(jnp.bfloat16), notes="the product is float32: x is"),
