@@ -19,7 +19,7 @@ Papers:
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +185,7 @@ SIZES: dict[str, DecoderConfig] = {
 }
 
 
-def rotation(positions: Int[Array, "T"], head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotation(positions: Int[Array, " T"], head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of the angle by which each pair of features turns at each position: float32 `[T, 1, K/2]`."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions.astype(jnp.float32)[:, None, None] * frequencies
@@ -215,7 +215,7 @@ def attend(
 
 
 class LayerCache(nnx.Pytree):
-    """Keys (already rotated) and values of one layer, `[B, S, G, K]`; or of `layers` stacked ones, `[L, B, S, G, K]`."""
+    """Keys (rotated already) and values of a layer, `[B, S, G, K]`, or of `layers` stacked ones, `[L, B, S, G, K]`."""
 
     def __init__(self, config: DecoderConfig, batch: int, length: int, *, layers: int | None = None):
         shape = (batch, length, config.num_kv_heads, config.head_dim)
@@ -235,11 +235,11 @@ class KVCache(nnx.Pytree):
     """
 
     def __init__(self, config: DecoderConfig, batch: int, length: int):
-        self.layers = nnx.data(
-            LayerCache(config, batch, length, layers=config.num_layers)
-            if config.scan
-            else nnx.List([LayerCache(config, batch, length) for _ in range(config.num_layers)])
-        )
+        self.layers: Any
+        if config.scan:
+            self.layers = LayerCache(config, batch, length, layers=config.num_layers)
+        else:
+            self.layers = nnx.List([LayerCache(config, batch, length) for _ in range(config.num_layers)])
         self.position = nnx.Cache(jnp.zeros((), jnp.int32))
         self.length = length
 
@@ -292,8 +292,8 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         turn: tuple[jax.Array, jax.Array],
         mask: Bool[Array, "T S"],
-        position: jax.Array | None = None,
-        cache: LayerCache | None = None,
+        position: Int[Array, ""],
+        cache: LayerCache | None,
     ) -> Float[Array, "B T D"]:
         batch, tokens, _ = x.shape
         query, key, value = (
@@ -342,8 +342,8 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         turn: tuple[jax.Array, jax.Array],
         mask: Bool[Array, "T S"],
-        position: jax.Array | None = None,
-        cache: LayerCache | None = None,
+        position: Int[Array, ""],
+        cache: LayerCache | None,
     ) -> Float[Array, "B T D"]:
         x = x + self.dropout(self.attn(self.attn_norm(x), turn, mask, position, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
@@ -371,6 +371,7 @@ class Decoder(nnx.Module):
         )
         # A key for each layer, whether stacked or not: the same seed then gives the same numbers.
         keys = jax.random.split(rngs.params(), config.num_layers)
+        self.blocks: Any
         if config.scan:
             self.blocks = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys)
         else:
@@ -402,12 +403,12 @@ class Decoder(nnx.Module):
         turn = rotation(positions, config.head_dim, config.rope_theta)
 
         x = self.dropout(self.embed(tokens))
-        layers = None if cache is None else cache.layers
         if config.scan:
-            x = self._run((self.blocks, layers), x, turn, mask, position)
+            layers = [(self.blocks, None if cache is None else cache.layers)]
         else:
-            for i, block in enumerate(self.blocks):
-                x = self._run((block, None if layers is None else layers[i]), x, turn, mask, position)
+            layers = zip(self.blocks, [None] * config.num_layers if cache is None else cache.layers, strict=True)
+        for layer in layers:
+            x = self._run(layer, x, turn, mask, position)
         if cache is not None:
             cache.position[...] = position + tokens.shape[1]
         x = self.norm(x)
@@ -419,7 +420,7 @@ class Decoder(nnx.Module):
         x: Float[Array, "B T D"],
         turn: tuple[jax.Array, jax.Array],
         mask: Bool[Array, "T S"],
-        position: jax.Array,
+        position: Int[Array, ""],
     ) -> Float[Array, "B T D"]:
         """Apply one (block, cache) pair, or scan over a stacked one, recomputed in the backward pass if so configured.
 
@@ -433,7 +434,7 @@ class Decoder(nnx.Module):
 
         graph, params, state = nnx.split(layer, nnx.Param, ...)
 
-        def step(x, variables):
+        def step(x: jax.Array, variables: tuple[Any, Any]) -> tuple[jax.Array, Any]:
             block, cache = nnx.merge(graph, *variables, copy=True)
             x = block(x, turn, mask, position, cache)
             return x, nnx.state((block, cache), nnx.Not(nnx.Param))
