@@ -58,7 +58,7 @@ FIELDS: Mapping[str, Field] = {
     "name": Field("run", "Name of the experiment; the run directory is runs/NAME unless `directory` says otherwise."),
     "directory": Field("", "Run directory: config, checkpoints, metrics, plots. Empty: runs/NAME.", resumable=True),
     "seed": Field(0, "Seed of the parameters, of dropout and of the order of the data.", minimum=0),
-    "steps": Field(1000, "Optimizer steps.", minimum=0),
+    "steps": Field(1000, "Optimizer steps.", minimum=1),
     "pipeline": Field("", "Passes applied before training, such as 'cast(compute=bfloat16)'. Empty: none."),
     "compress": Field("", "Passes applied after training, with a report of each. Empty: none.", resumable=True),
     "model.family": Field("decoder", "Which network of `compax.models`.", choices=("decoder",)),

@@ -112,5 +112,5 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
         raise DataError(f"cannot read the tokenizer {path}: {error}") from None
     try:
         return Tokenizer(tokenizers.Tokenizer.from_str(text))
-    except Exception as error:  # noqa: BLE001: the library raises `Exception` itself for whatever is wrong
+    except Exception as error:  # noqa: BLE001 - the library raises `Exception` itself for whatever is wrong
         raise DataError(f"{path} is not a tokenizer.json: {error}") from None

@@ -1,0 +1,311 @@
+"""Run directories and the checkpoints in them.
+
+    runs/quickstart/
+      config.json        the config that the run was started with
+      tokenizer.json     the tokenizer it uses
+      metrics.jsonl      losses: the same to the bit in every repetition of the run
+      timing.jsonl       what the clock said
+      checkpoints/200/   parameters, state, optimizer state, place in the data, versions
+
+A directory that holds anything else is left alone. Checkpoints are written by Orbax in the background and appear under
+their final name only when they are whole, so that a process may be killed at any time.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from typing import TYPE_CHECKING, Any, TextIO
+
+import jax
+import jax.numpy as jnp
+
+from compax.errors import CheckpointError, ConfigError
+from compax.experiments import config as configs
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+CONFIG = "config.json"
+_LOCK = ".lock"
+_FORMAT = 1
+
+
+def open_run(config: ConfigDict) -> TextIO:
+    """Makes the run directory of a config, or checks that the one there belongs to it, and locks it.
+
+    Returns:
+        The lock; the directory is free again when it is closed or the process ends.
+
+    Raises:
+        CheckpointError: The directory holds something else, a run of another config, or is in use.
+    """
+    directory = configs.run_directory(config)
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"the run directory {directory} is a file: choose another with --config.directory=FOLDER")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / CONFIG).exists():
+            _refuse_foreign(directory)
+        lock = _locked(directory)
+        if not (directory / CONFIG).exists():
+            write_whole(directory / CONFIG, configs.to_json(config))
+    except OSError as error:
+        raise CheckpointError(f"cannot use the run directory {directory}: {error.strerror or error}") from None
+    different = configs.differences(read_config(directory), config)
+    if different:
+        lock.close()
+        raise CheckpointError(
+            f"{directory} holds a run with another config: {'; '.join(different)}; "
+            "choose another folder with --config.directory=FOLDER, or delete that run"
+        )
+    write_whole(directory / CONFIG, configs.to_json(config))
+    return lock
+
+
+def _refuse_foreign(directory: pathlib.Path) -> None:
+    found = sorted(path.name for path in directory.iterdir() if path.name != _LOCK)
+    if found:
+        shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise CheckpointError(
+            f"{directory} is not a run of compax: it holds {shown} and no {CONFIG}; nothing in it was changed; "
+            "choose another folder with --config.directory=FOLDER"
+        )
+
+
+def _locked(directory: pathlib.Path) -> TextIO:
+    import fcntl
+
+    lock = open(directory / _LOCK, "w")  # noqa: SIM115 - held until the run ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise CheckpointError(f"another process is training in {directory}") from None
+    return lock
+
+
+def read_config(directory: pathlib.Path) -> ConfigDict:
+    """Reads the config of a run directory.
+
+    Raises:
+        CheckpointError: The folder is no run directory, or its config is damaged.
+    """
+    path = directory / CONFIG
+    if not directory.is_dir():
+        raise CheckpointError(f"no run directory {directory}: train first, with compax train --config=FILE")
+    if not path.is_file():
+        raise CheckpointError(f"{directory} is not a run of compax: it holds no {CONFIG}")
+    try:
+        config = configs.from_json(path.read_text(encoding="utf-8"), where=str(path))
+    except (ConfigError, OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"damaged run directory: {error}") from None
+    if configs.run_directory(config) != directory:
+        # The run was moved, or is named from another working directory.
+        config.directory = str(directory)
+    return config
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a text file that is there whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that decide the numbers of a run."""
+    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "grain")}
+    return {"compax": importlib.metadata.version("compax"), "python": platform.python_version(), **found}
+
+
+class Checkpoints:
+    """The checkpoints of a run directory.
+
+    A checkpoint holds arrays by name and a small dict `meta` that JSON can hold.
+    """
+
+    def __init__(self, directory: pathlib.Path, *, keep: int = 1, read_only: bool = False):
+        """Opens them.
+
+        Args:
+            directory: The run directory.
+            keep: How many of the last ones are kept.
+            read_only: Nothing is made or deleted.
+
+        Raises:
+            CheckpointError: The folder cannot be read.
+        """
+        import orbax.checkpoint as orbax
+
+        self.directory = (directory / "checkpoints").absolute()
+        options = orbax.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            create=not read_only,
+            read_only=read_only,
+            enable_async_checkpointing=not read_only,
+        )
+        handlers = {"arrays": orbax.PyTreeCheckpointHandler(), "meta": orbax.JsonCheckpointHandler()}
+        try:
+            self._manager = orbax.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+            self.latest: int | None = self._manager.latest_step()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot open the checkpoints in {self.directory}: {_first_line(error)}") from None
+
+    def save(self, step: int, tree: Any, meta: dict[str, Any]) -> None:
+        """Begins to save: the arrays are copied before this returns, and written while training goes on.
+
+        Args:
+            step: Steps done so far; a checkpoint of that step must not exist.
+            tree: Any pytree of arrays.
+            meta: What JSON can hold.
+
+        Raises:
+            CheckpointError: It cannot be written (the disk is full, say).
+        """
+        import orbax.checkpoint as orbax
+
+        # Buffers that are donated to the next step must not be read by the thread that writes.
+        arrays = jax.tree.map(jnp.copy, named(tree))
+        meta = {"format": _FORMAT, "step": step, "versions": versions(), **meta}
+        try:
+            self._manager.save(
+                step,
+                args=orbax.args.Composite(arrays=orbax.args.PyTreeSave(arrays), meta=orbax.args.JsonSave(meta)),
+                force=True,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"cannot save checkpoint {step} in {self.directory}: {_first_line(error)}") from error
+        self.latest = step
+
+    def wait(self) -> None:
+        """Waits until all that was saved is on disk.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"cannot save into {self.directory}: {_first_line(error)}") from error
+
+    def close(self) -> None:
+        """Waits and gives up the threads."""
+        self.wait()
+        self._manager.close()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """Reads what was saved beside the arrays.
+
+        Raises:
+            CheckpointError: It is damaged, or of another kind.
+        """
+        import orbax.checkpoint as orbax
+
+        try:
+            meta = self._manager.restore(step, args=orbax.args.Composite(meta=orbax.args.JsonRestore())).meta
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
+            raise CheckpointError(f"checkpoint {step} in {self.directory} was not written by this version of compax")
+        return meta
+
+    def restore(self, step: int, like: Any) -> Any:
+        """Reads arrays into the shape of a pytree.
+
+        Args:
+            step: Which checkpoint.
+            like: A pytree of arrays (or shapes with shardings); its leaves say what is read and where it goes.
+
+        Returns:
+            A pytree like `like`.
+
+        Raises:
+            CheckpointError: The checkpoint is damaged, or holds other arrays than `like`; names the first of them.
+        """
+        import orbax.checkpoint as orbax
+
+        wanted = named(like)
+        try:
+            held = self._manager.item_metadata(step).arrays.tree
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        self._compare(step, wanted, held)
+        shapes = jax.tree.map(orbax.utils.to_shape_dtype_struct, wanted)
+        arguments = orbax.args.PyTreeRestore(
+            shapes,
+            restore_args=orbax.checkpoint_utils.construct_restore_args(shapes),
+            partial_restore=len(wanted) < len(held),
+        )
+        try:
+            found = self._manager.restore(step, args=orbax.args.Composite(arrays=arguments)).arrays
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        return _unnamed(found, like)
+
+    def _compare(self, step: int, wanted: dict[str, Any], held: dict[str, Any]) -> None:
+        for name, leaf in wanted.items():
+            where = f"checkpoint {step} in {self.directory}"
+            if name not in held:
+                raise CheckpointError(f"{where} does not hold {name}: it belongs to another model or pipeline")
+            shape, dtype = tuple(held[name].shape), jnp.dtype(held[name].dtype)
+            if shape != tuple(leaf.shape) or dtype != leaf.dtype:
+                raise CheckpointError(
+                    f"{where} holds {name} as {dtype}{list(shape)}, the model has {leaf.dtype}{list(leaf.shape)}: "
+                    "it belongs to another model or pipeline"
+                )
+
+    def _damaged(self, step: int, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint {step} in {self.directory} is damaged ({_first_line(error)}); "
+            f"delete the folder {self.directory / str(step)} to go on from the one before"
+        )
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a pytree by name, such as `params/blocks.0.mlp.up.kernel`; random keys as their data."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = {jax.tree_util.keystr(path, simple=True, separator="/"): _data(leaf) for path, leaf in leaves}
+    assert len(found) == len(leaves)
+    return found
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _data(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _unnamed(found: dict[str, Any], like: Any) -> Any:
+    leaves, structure = jax.tree.flatten(like)
+    restored = [
+        jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else value
+        for leaf, value in zip(leaves, (found[name] for name in named(like)), strict=True)
+    ]
+    return jax.tree.unflatten(structure, restored)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else ""
+    return f"{type(error).__name__}: {line[:200]}" if line else type(error).__name__
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Reads a file of JSON lines up to the first line that is not whole (the process was killed while it wrote)."""
+    found: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            try:
+                value = json.loads(line) if line.endswith("\n") else None
+            except ValueError:
+                value = None
+            if not isinstance(value, dict):
+                break
+            found.append(value)
+    return found

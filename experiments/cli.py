@@ -1,0 +1,243 @@
+"""The command `compax`.
+
+Whatever is wrong with a config, data, a checkpoint or a pipeline ends in one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from compax.errors import CompaxError, ConfigError
+from compax.experiments import config as configs
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from compax.experiments.console import Console
+
+_OVERRIDE = "--config."
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains by raising `ConfigError`, so that every complaint looks the same."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {self.prog} --help says more")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: Arguments after the program's name; by default those of the process.
+
+    Returns:
+        The exit code: 0; 2 for an error that was told; 130 after Ctrl-C.
+    """
+    # Libraries log what only their authors can act on.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except CompaxError as error:
+        print(f"compax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("compax: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; the interpreter must not complain about it when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(argv: list[str]) -> int:
+    argv, overrides = _take_overrides(argv)
+    parser, commands = _parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    if not argv[0].startswith("-") and argv[0] not in commands:
+        raise ConfigError(f"unknown command '{argv[0]}'{configs.closest(argv[0], commands)}")
+    args = parser.parse_args(argv)
+    args.overrides = overrides
+    command: Callable[[argparse.Namespace, Console], int] = args.command
+
+    from compax.experiments.console import Console
+
+    return command(args, Console())
+
+
+def _take_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes `--config.FIELD=VALUE` and `--config.FIELD VALUE` out of the arguments."""
+    rest: list[str] = []
+    found: dict[str, str] = {}
+    arguments = iter(argv)
+    for argument in arguments:
+        if not argument.startswith(_OVERRIDE):
+            rest.append(argument)
+            continue
+        name, equals, value = argument[len(_OVERRIDE) :].partition("=")
+        if not equals:
+            following = next(arguments, None)
+            if following is None:
+                raise ConfigError(f"{argument} lacks a value: write {argument}=VALUE")
+            value = following
+        found[name] = value
+    return rest, found
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(
+        prog="compax",
+        description="Compiler passes for JAX: capture a Flax model, transform it, verify and price every step.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Start with:  compax train --config=quickstart\nEach command has its own help:  compax train --help",
+    )
+    parser.add_argument("--version", action="version", version=f"compax {importlib.metadata.version('compax')}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    commands: dict[str, _Parser] = {}
+
+    def command(name: str, run: Callable[[argparse.Namespace, Console], int], help: str, epilog: str = "") -> _Parser:
+        made = subparsers.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        made.set_defaults(command=run)
+        commands[name] = made
+        return made
+
+    train = command("train", _train, "train from a config, or go on where the run was left", epilog=_fields_help())
+    train.add_argument("--config", metavar="FILE", required=True, help=_CONFIG_HELP)
+
+    evaluate = command("eval", _eval, "measure loss and perplexity of a run on its evaluation text")
+    _add_run(evaluate)
+    _add_pipeline(evaluate)
+
+    generate = command("generate", _generate, "continue texts with a trained run or with a known model's weights")
+    _add_run(generate)
+    _add_model(generate)
+    _add_pipeline(generate)
+    generate.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; may be repeated")
+    generate.add_argument("--tokens", metavar="N", type=int, help="tokens to generate (default 64)")
+    generate.add_argument("--temperature", metavar="T", type=float, help="softmax temperature; 0 (the default): greedy")
+    generate.add_argument("--top-k", metavar="K", type=int, help="sample from the K most likely tokens; 0: from all")
+    generate.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the sampling (default 0)")
+
+    inspect = command("inspect", _inspect, "print a program: its sites, its coverage, and what each pass did")
+    _add_run(inspect)
+    _add_model(inspect)
+    _add_pipeline(inspect)
+    inspect.add_argument(
+        "--abstract", action="store_true", help="shapes alone, no parameters: a 70B model takes no memory"
+    )
+
+    passes = command("passes", _passes, "list the registered passes, or explain one")
+    passes.add_argument("name", metavar="NAME", nargs="?", help="a pass, such as quantize")
+    return parser, commands
+
+
+_CONFIG_HELP = "a Python file with get_config(), or an experiment that comes with compax, such as quickstart"
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help=_CONFIG_HELP)
+    parser.add_argument("--run", metavar="FOLDER", help="a run directory, such as runs/quickstart")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="NAME", help="a size of the decoder, such as smollm2-135m or llama2-7b")
+
+
+def _add_pipeline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pipeline", metavar="PASSES", default="", help="passes to apply first: 'quantize(weights=int8)'"
+    )
+
+
+def _fields_help() -> str:
+    lines = ["Every field of the config can be overridden, as in --config.optimizer.learning_rate=3e-4:", ""]
+    for name, field in configs.FIELDS.items():
+        choices = f" One of {', '.join(field.choices)}." if field.choices else ""
+        lines += [f"  --config.{name}={field.default!r}", f"      {field.doc}{choices}"]
+    return "\n".join(lines)
+
+
+def _config_of(args: argparse.Namespace) -> ConfigDict:
+    """Returns the config that `--config` or `--run` stands for, with the overrides applied."""
+    import pathlib
+
+    from compax.experiments.checkpoint import read_config
+
+    if bool(args.config) == bool(args.run):
+        raise ConfigError("give either --config=FILE or --run=FOLDER")
+    if args.config:
+        return configs.load(args.config, args.overrides)
+    config = read_config(pathlib.Path(args.run))
+    for name, text in args.overrides.items():
+        configs.override(config, name, text)
+    configs.check(config)
+    return config
+
+
+def _no_overrides(args: argparse.Namespace) -> None:
+    if args.overrides:
+        raise ConfigError(f"--config.{next(iter(args.overrides))} needs --config=FILE or --run=FOLDER beside it")
+
+
+def _train(args: argparse.Namespace, console: Console) -> int:
+    config = configs.load(args.config, args.overrides)
+    from compax.experiments.experiment import run
+
+    return run(config, console)
+
+
+def _eval(args: argparse.Namespace, console: Console) -> int:
+    config = _config_of(args)
+    from compax.experiments.compress import evaluate_run
+
+    evaluate_run(config, args.pipeline, console)
+    return 0
+
+
+def _generate(args: argparse.Namespace, console: Console) -> int:
+    from compax.experiments import generate
+
+    sampling = generate.Sampling.of(args.tokens, args.temperature, args.top_k, args.seed)
+    if args.model:
+        _no_overrides(args)
+        if args.config or args.run:
+            raise ConfigError("give one of --model, --config and --run")
+        generate.from_model(args.model, args.pipeline, args.prompt or [], sampling, console)
+    else:
+        generate.from_run(_config_of(args), args.pipeline, args.prompt or [], sampling, console)
+    return 0
+
+
+def _inspect(args: argparse.Namespace, console: Console) -> int:
+    from compax.experiments import inspection
+
+    if args.model:
+        _no_overrides(args)
+        inspection.inspect_model(args.model, args.pipeline, console, abstract=args.abstract)
+    else:
+        inspection.inspect_config(_config_of(args), args.pipeline, console, abstract=args.abstract)
+    return 0
+
+
+def _passes(args: argparse.Namespace, console: Console) -> int:
+    from compax.experiments import catalogue
+
+    _no_overrides(args)
+    catalogue.explain(args.name, console) if args.name else catalogue.show(console)
+    return 0

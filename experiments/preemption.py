@@ -1,0 +1,57 @@
+"""Signals that ask training to stop: SIGTERM (a preempted machine), and Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+
+class Stopped(Exception):
+    """Training ends early because a signal asked for it.
+
+    Attributes:
+        signal: Which one.
+    """
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.signal = signal.Signals(number)
+
+
+class Preemption:
+    """Notes SIGTERM and SIGINT while a block runs, so that the loop can finish its step and save.
+
+    Before `ready()` there is nothing to save: the signal then raises `Stopped` at once. A second signal of any kind
+    raises `KeyboardInterrupt`.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._ready = False
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Preemption:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type] - what signal.signal returned
+
+    def ready(self) -> None:
+        """From here on the loop looks at `received` after each step."""
+        self._ready = True
+
+    def done(self) -> None:
+        """The loop is over and all is saved: a signal ends the process at once again."""
+        self._ready = False
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        if not self._ready:
+            raise Stopped(number, f"stopped by {self.received.name}; the same command starts again where it was")

@@ -1,0 +1,87 @@
+"""From a config to a program: the model, its loss captured for training and evaluation, and the pipeline applied."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import compax
+from compax.errors import ConfigError
+from compax.experiments.config import closest
+from compax.models import decoder
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+TRAIN = "train"
+EVAL = "eval"
+
+
+def model_config(config: ConfigDict, vocabulary: int) -> decoder.DecoderConfig:
+    """Returns the shape of the network: a named size, the tokenizer's vocabulary, and the overrides.
+
+    Raises:
+        ConfigError: There is no such size, or an override is unknown or of the wrong type.
+    """
+    size = config.model.size
+    if size not in decoder.SIZES:
+        near = closest(size, decoder.SIZES)
+        raise ConfigError(f"field 'model.size' is '{size}', which {config.model.family} does not have{near}")
+    chosen = dataclasses.replace(decoder.SIZES[size], vocab_size=vocabulary, context_length=config.data.sequence_length)
+    known = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
+    changes: dict[str, Any] = {}
+    for name, value in config.model.overrides.items():
+        if name not in known:
+            raise ConfigError(f"unknown config field 'model.overrides.{name}'{closest(name, known)}")
+        if name == "vocab_size":
+            raise ConfigError("model.overrides.vocab_size follows the tokenizer: set tokenizer.vocabulary instead")
+        kind = type(known[name])
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ConfigError(
+                f"field 'model.overrides.{name}' is of type {kind.__name__}, got {value!r} ({type(value).__name__})"
+            )
+        changes[name] = value
+    return dataclasses.replace(chosen, **changes)
+
+
+def build(config: ConfigDict, vocabulary: int, *, abstract: bool = False) -> decoder.Decoder:
+    """Builds the model of a config, with parameters drawn from its seed, or (`abstract`) with their shapes alone."""
+    shape = model_config(config, vocabulary)
+
+    def make() -> decoder.Decoder:
+        return decoder.Decoder(shape, rngs=nnx.Rngs(config.seed))
+
+    return nnx.eval_shape(make) if abstract else make()
+
+
+def micro_batch(config: ConfigDict) -> int:
+    """Returns how many sequences the model reads at a time."""
+    return config.data.batch_size // config.optimizer.accumulation
+
+
+def capture(config: ConfigDict, model: decoder.Decoder) -> compax.Program:
+    """Captures the loss of a model on micro-batches `{"tokens": int32[batch, sequence_length + 1]}`.
+
+    Returns:
+        A program with the entries `train` (the default) and `eval`; no pass was applied yet.
+    """
+    batch = example_batch(config)
+    program = compax.capture(model, batch, loss=decoder.loss, mode="train", entry=TRAIN, name=config.name)
+    return program.with_entry(EVAL, batch, loss=decoder.loss, mode="eval")
+
+
+def example_batch(config: ConfigDict) -> dict[str, jax.Array]:
+    """Returns a batch with the shapes of training, for capturing and for trying passes on."""
+    shape = (micro_batch(config), config.data.sequence_length + 1)
+    return {"tokens": jax.random.randint(jax.random.key(config.seed), shape, 0, 256, jnp.int32)}
+
+
+def apply_pipeline(text: str, program: compax.Program, batch: dict[str, jax.Array]) -> compax.Program:
+    """Applies a pipeline in its text form; no text, no passes."""
+    return compax.Pipeline.parse(text)(program, batch) if text.strip() else program

@@ -1,0 +1,114 @@
+"""The train step: one jitted function with donated buffers, over the trainable parameters of a program alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+import compax
+from compax.errors import ConfigError
+from compax.experiments.optimizer import optimizer, schedule
+from compax.experiments.programs import TRAIN
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+Step = Callable[["TrainState", dict[str, Any], jax.Array], tuple["TrainState", dict[str, jax.Array]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes, and so everything that a checkpoint has to hold.
+
+    Attributes:
+        params: Trainable parameters by path: arrays, or encodings with a float master.
+        state: The program's state by path: random counters, statistics.
+        optimizer: The optimizer's state.
+        updates: int32[], updates applied so far: steps but for the skipped ones. The schedule counts these.
+        skipped: int32[], steps in a row that were skipped just now.
+    """
+
+    params: dict[str, Any]
+    state: dict[str, Any]
+    optimizer: Any
+    updates: jax.Array
+    skipped: jax.Array
+
+
+def start(config: ConfigDict, program: compax.Program) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the state before the first step, and the parameters that are not trained.
+
+    Raises:
+        ConfigError: No parameter is trainable.
+    """
+    trainable, frozen = program.partition()
+    if not trainable:
+        raise ConfigError(
+            f"pipeline '{config.pipeline}' leaves nothing to train: every parameter is frozen, or stored without a "
+            "float master; use train=true in quantize, or move it to `compress`"
+        )
+    # Fresh buffers: the step's are donated, the program's stay.
+    trainable, state = jax.tree.map(jnp.copy, (trainable, program.state))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(trainable, state, optimizer(config).init(trainable), zero, jnp.copy(zero)), frozen
+
+
+def make_step(config: ConfigDict, program: compax.Program) -> Step:
+    """Returns the jitted step `(state, frozen, tokens) -> (state, metrics)`; it donates the buffers of `state`.
+
+    `tokens` is int32[accumulation, batch, sequence_length + 1]; gradients are the mean over the first dimension. An
+    update whose loss or gradient is not finite is left out: parameters, program state and optimizer stay as they were.
+
+    Metrics are float32 scalars: `loss` (nats per token, before the update), `grad_norm` (before clipping),
+    `learning_rate`; and int32 `skipped` (steps in a row).
+    """
+    import optax
+
+    update_rule, rate = optimizer(config), schedule(config)
+
+    def loss_of(
+        trainable: dict[str, Any], frozen: dict[str, Any], state: dict[str, Any], tokens: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        (loss, _), state, _ = program.apply({**frozen, **trainable}, state, {"tokens": tokens}, entry=TRAIN)
+        return loss, state
+
+    differentiate = jax.value_and_grad(loss_of, has_aux=True)
+
+    def gradients(
+        before: TrainState, frozen: dict[str, Any], tokens: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
+        count = tokens.shape[0]
+        if count == 1:
+            (loss, state), grads = differentiate(before.params, frozen, before.state, tokens[0])
+            return loss, state, grads
+
+        def add(carry: Any, part: jax.Array) -> tuple[Any, None]:
+            total, state, sums = carry
+            (loss, state), grads = differentiate(before.params, frozen, state, part)
+            return (total + loss, state, jax.tree.map(jnp.add, sums, grads)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, before.params)
+        (total, state, sums), _ = jax.lax.scan(add, (jnp.zeros((), jnp.float32), before.state, zeros), tokens)
+        return total / count, state, jax.tree.map(lambda leaf: leaf / count, sums)
+
+    def step(before: TrainState, frozen: dict[str, Any], tokens: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, state, grads = gradients(before, frozen, tokens)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, optimizer_state = update_rule.update(grads, before.optimizer, before.params)
+        params = optax.apply_updates(before.params, updates)
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731 - used once, below
+        after = TrainState(
+            *jax.tree.map(keep, (params, state, optimizer_state), (before.params, before.state, before.optimizer)),
+            updates=before.updates + finite.astype(jnp.int32),
+            skipped=jnp.where(finite, 0, before.skipped + 1),
+        )
+        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(before.updates), "skipped": after.skipped}
+        return after, metrics
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,295 @@
+"""Training from a config: `compax train`.
+
+The run goes on by itself where a run of the same config was left: the losses are then, to the bit, those of a run that
+was never interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+import compax
+from compax.errors import CheckpointError, CompaxError
+from compax.experiments import checkpoint, data, metrics, programs
+from compax.experiments.config import run_directory
+from compax.experiments.console import Console, Progress, amount
+from compax.experiments.evaluate import Evaluation, Evaluator
+from compax.experiments.preemption import Preemption, Stopped
+from compax.experiments.step import Step, make_step, start
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+TOKENIZER = "tokenizer.json"
+
+
+class DivergenceError(CompaxError):
+    """The loss or the gradient is not finite, and the config says to stop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A finished run.
+
+    Attributes:
+        config: What it was trained with.
+        directory: Where its files are.
+        program: With the trained parameters and state.
+        corpus: The text.
+        evaluator: Measures programs with other parameters on the evaluation text.
+        evaluation: The loss at the end.
+    """
+
+    config: ConfigDict
+    directory: pathlib.Path
+    program: compax.Program
+    corpus: data.Corpus
+    evaluator: Evaluator
+    evaluation: Evaluation
+
+
+def train(config: ConfigDict, console: Console, preemption: Preemption) -> Trained:
+    """Trains, or goes on training, until `config.steps`.
+
+    Args:
+        config: A checked config.
+        console: Takes what a person should see.
+        preemption: Entered; its signals end training after a checkpoint.
+
+    Raises:
+        Stopped: A signal asked to stop; all is saved.
+        DivergenceError: A loss or gradient was not finite.
+        CompaxError: What else can be wrong with config, data, checkpoint or pipeline, in one readable line.
+    """
+    directory = run_directory(config)
+    with checkpoint.open_run(config):
+        corpus = data.prepare(config, console.say)
+        corpus.tokenizer.save(directory / TOKENIZER)
+        sequences = data.Sequences(corpus.train, config.data.sequence_length)
+        batches = data.Batches(sequences, config.data.batch_size, config.seed)
+        held = data.Sequences(corpus.eval, config.data.sequence_length)
+        eval_batches = data.evaluation_batches(held, programs.micro_batch(config), config.evaluation.batches)
+        console.say(
+            f"text: {amount(corpus.nbytes, 'B')} in {len(corpus.train.names)} files, {amount(len(corpus.train.ids))} "
+            f"tokens for training, {amount(len(corpus.eval.ids))} for evaluation, "
+            f"vocabulary {corpus.tokenizer.vocabulary}"
+        )
+        program = build(config, corpus.tokenizer.vocabulary)
+        describe(program, config, console)
+        loop = _Loop(config, console, preemption, program, batches, sequences, eval_batches)
+        loop.restore()
+        evaluation = loop.run()
+        if config.log.plot:
+            metrics.plot(directory, console.say)
+        trained = program.replace(params={**loop.frozen, **loop.state.params}, state=loop.state.state)
+        return Trained(config, directory, trained, corpus, loop.evaluator, evaluation)
+
+
+def build(config: ConfigDict, vocabulary: int) -> compax.Program:
+    """Returns the program that a config trains: the model's loss with the config's pipeline applied."""
+    program = programs.capture(config, programs.build(config, vocabulary))
+    return programs.apply_pipeline(config.pipeline, program, programs.example_batch(config))
+
+
+def describe(program: compax.Program, config: ConfigDict, console: Console) -> None:
+    """Prints what is about to be trained, and on what."""
+    trainable, _ = program.partition()
+    total, count = (sum(value.size for value in params.values()) for params in (program.params, trainable))
+    tokens = config.data.batch_size * config.data.sequence_length
+    devices = jax.devices()
+    console.say(
+        f"model: {config.model.family} {config.model.size}, {amount(total)} parameters, {amount(count)} trainable; "
+        f"{config.steps} steps of {tokens} tokens on {len(devices)} x {devices[0].device_kind}"
+    )
+    for record in program.history:
+        console.say(f"pass: {record}")
+
+
+class _Loop:
+    """The state of training, and what happens to it from step to step."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        console: Console,
+        preemption: Preemption,
+        program: compax.Program,
+        batches: data.Batches,
+        sequences: data.Sequences,
+        eval_batches: list[np.ndarray],
+    ):
+        self.config, self.console, self.preemption = config, console, preemption
+        self.directory = run_directory(config)
+        self.batches, self.sequences = batches, sequences
+        self.evaluator = Evaluator(program, eval_batches)
+        self.state, self.frozen = start(config, program)
+        self.step_function: Step = make_step(config, program)
+        self.checkpoints = checkpoint.Checkpoints(self.directory, keep=config.checkpoint.keep)
+        self.step = 0
+        # The last step's metrics stay on the device until the next step is under way.
+        self._pending: tuple[int, dict[str, jax.Array], np.ndarray] | None = None
+
+    def restore(self) -> None:
+        """Goes back to the last checkpoint, if there is one."""
+        latest = self.checkpoints.latest
+        if latest is None:
+            return
+        meta = self.checkpoints.meta(latest)
+        if latest > self.config.steps:
+            raise CheckpointError(
+                f"{self.directory} was trained for {latest} steps, the config says {self.config.steps}"
+            )
+        self.state = self.checkpoints.restore(latest, self.state)
+        try:
+            self.batches.state = meta["data"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {latest} in {self.directory} has no usable place in the data") from error
+        self.step = latest
+        self.console.say(f"going on from the checkpoint of step {latest} in {self.directory}")
+        for name, now in checkpoint.versions().items():
+            if (then := meta["versions"].get(name)) != now:
+                self.console.say(f"note: the checkpoint was made with {name} {then}, this is {now}; bits may differ")
+
+    def run(self) -> Evaluation:
+        """Trains to the last step and returns the evaluation there."""
+        config = self.config
+        self.metrics = metrics.Metrics(
+            self.directory, self.step, tensorboard=config.log.tensorboard, report=self.console.say
+        )
+        try:
+            self.preemption.ready()
+            evaluation = self._steps()
+            self.preemption.done()
+            return evaluation
+        finally:
+            self.metrics.close()
+            self.checkpoints.close()
+
+    def _steps(self) -> Evaluation:
+        config, evaluation = self.config, None
+        with self.console.progress(config.steps, self.step) as progress:
+            clock = _Clock(config, progress)
+            for tokens, batch in self._batches():
+                self.state, values = self.step_function(self.state, self.frozen, tokens)
+                self.step += 1
+                before, self._pending = self._pending, (self.step, values, batch["sequence"])
+                self._settle(before, clock)
+                clock.mark(self.step)
+                last = self.step == config.steps
+                if _due(self.step, config.evaluation.every) or last:
+                    self._flush(clock)
+                    evaluation = self._evaluate()
+                    clock.stop()
+                if _due(self.step, config.checkpoint.every) or last or self.preemption.received:
+                    self._flush(clock)
+                    self._save()
+                    clock.stop()
+                if self.preemption.received:
+                    self.checkpoints.wait()
+                    raise Stopped(
+                        self.preemption.received,
+                        f"stopped by {self.preemption.received.name} after step {self.step}; the checkpoint is in "
+                        f"{self.directory}, the same command goes on from it",
+                    )
+        if evaluation is None:
+            evaluation = self.evaluator({**self.frozen, **self.state.params}, self.state.state)
+            self._say(evaluation)
+        return evaluation
+
+    def _batches(self) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        shape = (self.config.optimizer.accumulation, programs.micro_batch(self.config), -1)
+        while self.step < self.config.steps:
+            batch = next(self.batches)
+            yield batch["tokens"].reshape(shape), batch
+
+    def _flush(self, clock: _Clock) -> None:
+        """Settles the step that is still pending."""
+        before, self._pending = self._pending, None
+        self._settle(before, clock)
+
+    def _settle(self, pending: tuple[int, dict[str, jax.Array], np.ndarray] | None, clock: _Clock) -> None:
+        """Looks at the metrics of a step: writes them, and acts when they are not finite."""
+        if pending is None:
+            return
+        step, values, indices = pending
+        found = {name: value.item() for name, value in jax.device_get(values).items()}
+        skipped = found.pop("skipped")
+        if skipped:
+            self._not_finite(step, found, skipped, indices)
+        if _due(step, self.config.log.every) or step == self.config.steps:
+            self.metrics.write(step, found)
+            self.metrics.write(step, clock.read(found["loss"]), file=metrics.TIMING)
+
+    def _not_finite(self, step: int, found: dict[str, float], skipped: int, indices: np.ndarray) -> None:
+        what = "loss" if not math.isfinite(found["loss"]) else "gradient norm"
+        value = found["loss"] if what == "loss" else found["grad_norm"]
+        where = f"step {step}: the {what} is {value} on the batch of {self.sequences.describe(indices)}"
+        if self.config.nan.policy == "stop":
+            raise DivergenceError(
+                f"{where}; training stopped, the last checkpoint is as it was; lower optimizer.learning_rate in a new "
+                "run, or leave such updates out with --config.nan.policy=skip"
+            )
+        if skipped >= self.config.nan.patience:
+            raise DivergenceError(f"{where}; that is {skipped} steps in a row (nan.patience), training stopped")
+        self.console.say(f"{where}; update skipped")
+
+    def _evaluate(self) -> Evaluation:
+        evaluation = self.evaluator({**self.frozen, **self.state.params}, self.state.state)
+        self.metrics.write(self.step, {"eval_loss": evaluation.loss, "eval_perplexity": evaluation.perplexity})
+        self._say(evaluation)
+        return evaluation
+
+    def _say(self, evaluation: Evaluation) -> None:
+        self.console.say(
+            f"step {self.step:>6}/{self.config.steps}  evaluation loss {evaluation.loss:.4f}  perplexity "
+            f"{evaluation.perplexity:.2f} (measured on {evaluation.tokens} tokens)"
+        )
+
+    def _save(self) -> None:
+        meta = {
+            "data": self.batches.state,
+            "config": self.config.to_dict(),
+            "pipeline": self.config.pipeline,
+        }
+        self.checkpoints.save(self.step, self.state, meta)
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+class _Clock:
+    """Measures the speed of training between two lines of the log, without evaluations and checkpoints."""
+
+    def __init__(self, config: ConfigDict, progress: Progress):
+        self._tokens, self._total = config.data.batch_size * config.data.sequence_length, config.steps
+        self._progress = progress
+        self._start: tuple[int, float] | None = None
+        self._last: tuple[int, float] | None = None
+
+    def mark(self, step: int) -> None:
+        """Notes that the loop is through with a step. The first one starts the clock: it may hold a compilation."""
+        self._last = (step, time.perf_counter())
+        self._start = self._start or self._last
+
+    def stop(self) -> None:
+        """Stops the clock until the next step is done."""
+        self._start = self._last = None
+
+    def read(self, loss: float) -> dict[str, float]:
+        """Returns seconds per step and tokens per second since the last reading, and shows them."""
+        if self._start is None or self._last is None or self._last[0] == self._start[0]:
+            return {}
+        (first, began), (step, now) = self._start, self._last
+        self._start = self._last
+        seconds = (now - began) / (step - first)
+        self._progress.update(step, loss, self._tokens / seconds, seconds * (self._total - step))
+        return {"seconds_per_step": seconds, "tokens_per_second": self._tokens / seconds}
