@@ -25,9 +25,9 @@ class Freeze(Pass):
     """Freezes parameters: no gradient is computed for them, and an optimizer keeps no state.
 
     `Program.partition` leaves them out of the trainable ones, gradients stop at them, and `Program.to_module` holds
-    them as variables that are no `nnx.Param`. `at` selects by parameter path (`embed.**`), unlike passes that select sites.
-    Transfer learning's usual first step (Yosinski et al., "How transferable are features in deep neural networks?",
-    2014, arXiv 1411.1792).
+    them as variables that are no `nnx.Param`. `at` selects by parameter path (`embed.**`), unlike passes that select
+    sites. Transfer learning's usual first step (Yosinski et al., "How transferable are features in deep neural
+    networks?", 2014, arXiv 1411.1792).
 
     Raises:
         SelectorError: `at` matches no parameter.

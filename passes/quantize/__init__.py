@@ -32,8 +32,8 @@ class Quantize(Pass):
        for each output channel (each row of an embedding); stacked layers and experts keep their own. Products read the
        integers and apply the scales to their output.
     2. `activations=int8` besides: the input of each linear is rounded when the program runs, with one scale for each
-       row (of a convolution: each example), and the product is int8 x int8 into int32 (Dettmers et al., "LLM.int8()", 2022,
-       arXiv 2208.07339, without its outliers).
+       row (of a convolution: each example), and the product is int8 x int8 into int32 (Dettmers et al., "LLM.int8()",
+       2022, arXiv 2208.07339, without its outliers).
     3. `train=true`: quantization-aware training. Parameters stay float masters that are seen through int8; gradients
        pass straight through (Jacob et al., 2017, arXiv 1712.05877; Bengio et al., 2013, arXiv 1308.3432). Running the
        pass again with `train=false` stores what was trained.
