@@ -3,23 +3,27 @@
 import contextlib
 import io
 import re
+from typing import Any
 
 from layout import ROOT
 
-
-def blocks(language: str) -> list[str]:
-    """The README's code blocks in a language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+README = (ROOT / "README.md").read_text()
+FENCED = r"^```{}\n(.*?)^```$"
 
 
 def test_the_python_runs_and_prints_what_the_readme_shows() -> None:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile("".join(blocks("python")), "README.md", "exec"), {"__name__": "readme"})
-    assert [printed.getvalue().rstrip()] == [text.rstrip() for text in blocks("text")]
+    """A block of text right after a block of Python is what that prints; the blocks are one program."""
+    examples = re.findall(FENCED.format("python") + r"(?:\n\n```text\n(.*?)^```$)?", README, re.DOTALL | re.MULTILINE)
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    for code, shown in examples:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "README.md", "exec"), namespace)
+        assert printed.getvalue().rstrip() == shown.rstrip()
+    assert any(shown for _, shown in examples)
 
 
 def test_the_two_commands_are_there() -> None:
-    main_job, tests = blocks("bash")
+    main_job, tests = re.findall(FENCED.format("bash"), README, re.DOTALL | re.MULTILINE)
     assert main_job.startswith("pip install -e '.[viz]' && compax train")
     assert tests == "pip install -e '.[test,dev]' && pytest\n"
