@@ -9,7 +9,7 @@ The module holds the program's arrays in variables at the program's paths, and c
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -111,7 +111,7 @@ class ProgramModule(nnx.Module):
             if value is not state[path]:
                 _write(self._variable(self._definition.keys[path]), value)
         for path, value in aux.items():
-            self._note(tuple(path.split(".")), value)
+            self._note(path.split("."), value)
         return output
 
     def train(self, **attributes: Any) -> None:
@@ -157,18 +157,18 @@ class ProgramModule(nnx.Module):
     def _variable(self, keys: Keys) -> Any:
         node: Any = self
         for key in keys:
-            node = node[key] if isinstance(node, nnx.List) else getattr(node, str(key))
+            node = getattr(node, str(key))
         return node
 
-    def _note(self, keys: tuple[str, ...], value: Any) -> None:
+    def _note(self, keys: Sequence[str], value: Any) -> None:
+        """Writes an intermediate, below modules that had no variables of their own if need be."""
         node: Any = self
         for key in keys[:-1]:
             if isinstance(node, nnx.List):
-                node = node[int(key)]
-            else:
-                if not hasattr(node, key):
-                    setattr(node, key, Branch())
-                node = getattr(node, key)
+                node.extend(Branch() for _ in range(len(node), int(key) + 1))
+            elif not hasattr(node, key):
+                setattr(node, key, Branch())
+            node = getattr(node, key)
         if hasattr(node, keys[-1]):
             _write(getattr(node, keys[-1]), value)
         else:
@@ -225,12 +225,13 @@ def _variable(kind: type[nnx.Variable[Any]], value: Any, origin: Origin | None) 
 
 def _insert(tree: dict[Any, Any], keys: Keys, variable: nnx.Variable[Any]) -> None:
     for position, key in enumerate(keys[:-1]):
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
+        child: Any = tree.setdefault(key, {})
+        if not isinstance(child, dict):
             raise CaptureError(
                 f"'{join(keys[: position + 1])}' is a variable and the beginning of '{join(keys)}', so a module cannot "
                 "hold both; rename one in the model"
             )
+        tree = child
     if keys[-1] in tree:
         raise CaptureError(
             f"'{join(keys)}' is a variable and the beginning of another, or both a parameter and state, so a module "
@@ -240,12 +241,12 @@ def _insert(tree: dict[Any, Any], keys: Keys, variable: nnx.Variable[Any]) -> No
 
 
 def _node(tree: Any) -> Any:
-    """Modules in place of dictionaries; a list where the keys are positions, with None where the model had none."""
+    """Modules in place of dictionaries; a list where the keys are positions, empty where the model had none."""
     if not isinstance(tree, dict):
         return tree
     children = {key: _node(child) for key, child in tree.items()}
     if all(isinstance(key, int) for key in children) and max(children) < 16 * len(children):
-        return nnx.List([children.get(index) for index in range(max(children) + 1)])
+        return nnx.List([children.get(index, Branch()) for index in range(max(children) + 1)])
     branch = Branch()
     for key, child in children.items():
         setattr(branch, str(key), child)

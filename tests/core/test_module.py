@@ -309,6 +309,23 @@ def test_sown_values_become_intermediates() -> None:
     assert len(nnx.to_flat_state(nnx.pop(module, nnx.Intermediate))) == 1
 
 
+def test_sown_values_of_modules_without_variables() -> None:
+    class Probe(nnx.Module):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            self.sow(nnx.Intermediate, "total", jnp.sum(x))
+            return x
+
+    rngs = nnx.Rngs(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # sowing outside of nnx.capture
+        model = nnx.Sequential(Probe(), nnx.Linear(D, D, rngs=rngs), nnx.Sequential(Probe()))
+        module = ProgramModule(capture(model, rows()))
+    output = module(rows())
+    totals = {path: jax.tree.leaves(v)[0] for path, v in flat(module).items() if isinstance(v, nnx.Intermediate)}
+    assert set(totals) == {"layers.0.total", "layers.2.layers.0.total"}
+    np.testing.assert_allclose(totals["layers.2.layers.0.total"], output.sum(), rtol=1e-4)
+
+
 def test_caches_among_the_inputs_are_updated_in_place() -> None:
     class Counter(nnx.Module):
         def __init__(self) -> None:
