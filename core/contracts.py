@@ -15,7 +15,14 @@ import numpy as np
 
 from compax.errors import ContractError
 
-_ROUNDING = {"float64": 1e-11, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2, "complex64": 2e-5, "complex128": 1e-11}
+_ROUNDING = {
+    "float64": 1e-11,
+    "float32": 2e-5,
+    "float16": 4e-3,
+    "bfloat16": 3e-2,
+    "complex64": 2e-5,
+    "complex128": 1e-11,
+}
 
 
 def rounding_tolerance(dtype: Any) -> float:
@@ -42,15 +49,16 @@ class Observation:
     leaves: Mapping[str, np.ndarray]
     compiled: bool
 
-    @staticmethod
-    def of(output: Any, state: Any, aux: Any, objects: Any, *, compiled: bool) -> "Observation":
-        """An observation of pytrees of arrays; random keys are seen as their data."""
-        leaves: dict[str, np.ndarray] = {}
-        for prefix, tree in (("output", output), ("state", state), ("argument", objects), ("aux", aux)):
-            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                leaves[f"{prefix}.{name}" if name else prefix] = _as_numpy(leaf)
-        return Observation(leaves, compiled)
+    @classmethod
+    def of(cls, leaves: Mapping[str, Any], *, compiled: bool) -> "Observation":
+        """An observation of arrays by name; random keys are seen as their data."""
+        return cls({name: _as_numpy(leaf) for name, leaf in leaves.items()}, compiled)
+
+    @property
+    def loss(self) -> float | None:
+        """The output that is a floating scalar, or the first of several outputs, if it is one."""
+        first = next((leaf for name, leaf in self.leaves.items() if name.startswith("output")), None)
+        return float(first) if first is not None and first.shape == () and _inexact(first) else None
 
     @property
     def has_nan(self) -> bool:
@@ -164,7 +172,9 @@ class Contract:
             self._check_dtype(name, one, other)
             appeared = _nan(other) & ~_nan(one)
             if appeared.any():
-                raise ContractError(f"'{name}' has {int(appeared.sum())} NaN of {appeared.size} values where there was none")
+                raise ContractError(
+                    f"'{name}' has {int(appeared.sum())} NaN of {appeared.size} values where there was none"
+                )
             if name.startswith("state") and not _inexact(one):
                 if not np.array_equal(one, other):
                     raise ContractError(f"'{name}' is another integer after the call than before the pass")

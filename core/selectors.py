@@ -168,5 +168,5 @@ def _list(sites: Sequence[Named]) -> str:
 
 
 def exactly(names: Iterable[str]) -> str:
-    """A selector of the sites with these names. A character that selectors give a meaning is matched by `*` in its place."""
+    """A selector of the sites with these names; `*` stands for a character to which selectors give a meaning."""
     return ",".join(_SPECIAL.sub("*", name) for name in dict.fromkeys(names))

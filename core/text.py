@@ -1,8 +1,8 @@
 """The text form of passes: `name(key=value, ...) | name(...)`.
 
-Values are integers, numbers, `true`, `false`, `none`, sizes such as `12GiB`, bare words and globs, JSON strings in double
-quotes, and lists `[a, b]`. What a value means is decided by the type of the field that it is for, and every value of a
-supported type is written so that it is read back equal.
+Values are integers, numbers, `true`, `false`, `none`, sizes such as `12GiB`, bare words and globs, JSON strings in
+double quotes, and lists `[a, b]`. What a value means is decided by the type of the field that it is for, and every
+value of a supported type is written so that it is read back equal.
 
 Supported types: `bool`, `int`, `Bytes`, `float`, `str`, `None`, `typing.Literal`, tuples, and unions of these.
 """

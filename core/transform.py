@@ -127,6 +127,33 @@ class PassRecord:
         """How many sites have a status."""
         return sum(site.status == status for site in self.sites)
 
+    def __str__(self) -> str:
+        """The pass, what it did with how many sites and why not with others, and what it changed, in one line."""
+        reasons = dict.fromkeys(site.reason for site in self.sites if site.status == "skipped")
+        parts = [f"{self.count(status)} {status}" for status in typing.get_args(Status) if self.count(status)]
+        if reasons:
+            parts[-1] += f" ({'; '.join(reasons)})"
+        for what, before, after in (
+            ("parameters", f"{self.before.parameters:,}", f"{self.after.parameters:,}"),
+            ("", _size_text(self.before.nbytes), _size_text(self.after.nbytes)),
+        ):
+            parts.append(f"{before if before == after else f'{before} -> {after}'} {what}".strip())
+        parts += [f"{name} {_metric_text(value)}" for name, value in self.metrics.items()]
+        return f"{self.text}: {', '.join([*parts, f'{self.seconds:.2f} s', *self.notes])}"
+
+
+def _size_text(nbytes: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.1f} {unit}"
+    return f"{nbytes} B"
+
+
+def _metric_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " -> ".join(map(_metric_text, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inputs:
