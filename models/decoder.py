@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from compax.errors import ConfigError
 
+DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -96,6 +97,10 @@ class DecoderConfig:
             value = getattr(self, field.name)
             if field.type is int and value < 1:
                 raise ConfigError(f"DecoderConfig.{field.name} is {value}; it counts something and must be at least 1")
+            if field.name in ("norm_epsilon", "rope_theta") and not value > 0.0:
+                raise ConfigError(f"DecoderConfig.{field.name} is {value}; it must be above 0")
+            if field.name in ("param_dtype", "dtype") and value not in DTYPES:
+                raise ConfigError(f"DecoderConfig.{field.name} is {value!r}; known are {', '.join(DTYPES)}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"DecoderConfig.num_heads ({self.num_heads}) is no multiple of num_kv_heads ({self.num_kv_heads}); "
@@ -463,7 +468,9 @@ def example_inputs(config: DecoderConfig, batch: int = 2, sequence: int | None =
     return (jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, shape), jnp.int32),)
 
 
-def loss(model: Decoder, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss(
+    model: Callable[[jax.Array], jax.Array], batch: Mapping[str, jax.Array]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy of the next token.
 
     Args:

@@ -307,10 +307,9 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> "tokenizers.Tokenizer":
             f"{file.path}: tokenizer {model!r} with cuts {cutter!r} is not supported, only 'gpt2' with "
             f"{', '.join(cutters)}: load a tokenizer.json instead"
         )
-    tokens = file.field("tokenizer.ggml.tokens", list)
-    kinds = file.field("tokenizer.ggml.token_type", list)
-    merges = [tuple(merge.split(" ", 1)) for merge in file.field("tokenizer.ggml.merges", list)]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokens, kinds, pairs = (file.field(f"tokenizer.ggml.{name}", list) for name in ("tokens", "token_type", "merges"))
+    merges = [tuple(str(pair).split(" ", 1)) for pair in pairs]
+    vocabulary = {str(token): i for i, token in enumerate(tokens)}
     if len(kinds) != len(tokens) or len(vocabulary) != len(tokens) or any(len(merge) != 2 for merge in merges):
         raise WeightsError(f"{file.path}: the lists of tokens, their types and merges do not fit: damaged; {_AGAIN}")
     try:
@@ -322,7 +321,7 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> "tokenizers.Tokenizer":
     added = {
         kind: [
             tokenizers.AddedToken(token, special=kind == _CONTROL_TOKEN, normalized=False)
-            for token, its_kind in zip(tokens, kinds, strict=True)
+            for token, its_kind in zip(vocabulary, kinds, strict=True)
             if its_kind == kind
         ]
         for kind in (_CONTROL_TOKEN, _USER_TOKEN)

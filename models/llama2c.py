@@ -23,6 +23,7 @@ BEGIN, END_OF_PIECE = 1, 2
 _HEADER_BYTES = 7 * 4
 # Ids 3 to 258 are single bytes, for text that has no piece.
 _FIRST_BYTE = 3
+_UNUSED = "rotary angles"
 _AGAIN = "get the file again"
 # The format says neither, and llama2.c has them in its code.
 _NORM_EPSILON, _ROPE_THETA = 1e-5, 10_000.0
@@ -62,11 +63,20 @@ def open_llama2c(path: str | os.PathLike[str]) -> Weights:
     except ConfigError as error:
         raise WeightsError(f"{path}: not a llama2.c model, or damaged: its header says {header}: {error}") from None
 
-    places, end = _places(config)
-    if size_bytes != end:
-        cut = next((name for name, (shape, at) in places.items() if at + 4 * math.prod(shape) > size_bytes), None)
-        problem = f"cut short in tensor {cut!r}" if cut else "cut short" if size_bytes < end else "too long"
-        raise WeightsError(f"{path}: {problem}: {size_bytes} bytes where its header makes it {end}; {_AGAIN}")
+    places: dict[str, tuple[tuple[int, ...], int]] = {}
+    at = _HEADER_BYTES
+    for name, count, shape in _contents(config):
+        one_bytes = 4 * math.prod(shape)
+        if at + count * one_bytes > size_bytes:
+            cut = name.format((size_bytes - at) // one_bytes)
+            raise WeightsError(
+                f"{path}: ends at byte {size_bytes}, in {cut!r}: cut short, or its header is damaged; {_AGAIN}"
+            )
+        places |= {name.format(i): (shape, at + i * one_bytes) for i in range(count)}
+        at += count * one_bytes
+    if at != size_bytes:
+        raise WeightsError(f"{path}: goes on after its last tensor, from byte {at} to {size_bytes}: damaged; {_AGAIN}")
+    del places[_UNUSED]
 
     def read(name: str) -> np.ndarray:
         shape, offset = places[name]
@@ -78,35 +88,25 @@ def open_llama2c(path: str | os.PathLike[str]) -> Weights:
     return Weights(path, config, {name: shape for name, (shape, _) in places.items()}, read)
 
 
-def _places(config: DecoderConfig) -> tuple[dict[str, tuple[tuple[int, ...], int]], int]:
-    """Shape and offset of each tensor, and the length of the whole file, in bytes."""
-    dim, hidden = config.model_dim, config.hidden_dim
+def _contents(config: DecoderConfig) -> list[tuple[str, int, tuple[int, ...]]]:
+    """What a file holds, in order: the name (with `{}` for a layer's number), how many of it, and the shape of one."""
+    dim, hidden, layers = config.model_dim, config.hidden_dim, config.num_layers
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    places: dict[str, tuple[tuple[int, ...], int]] = {
-        "model.embed_tokens.weight": ((config.vocab_size, dim), _HEADER_BYTES)
-    }
-    at = _HEADER_BYTES + 4 * config.vocab_size * dim
-    for part, shape in (
-        ("input_layernorm", (dim,)),
-        ("self_attn.q_proj", (query, dim)),
-        ("self_attn.k_proj", (key, dim)),
-        ("self_attn.v_proj", (key, dim)),
-        ("self_attn.o_proj", (dim, query)),
-        ("post_attention_layernorm", (dim,)),
-        ("mlp.gate_proj", (hidden, dim)),
-        ("mlp.down_proj", (dim, hidden)),
-        ("mlp.up_proj", (hidden, dim)),
-    ):
-        for layer in range(config.num_layers):
-            places[f"model.layers.{layer}.{part}.weight"] = (shape, at)
-            at += 4 * math.prod(shape)
-    places["model.norm.weight"] = ((dim,), at)
-    at += 4 * dim
-    at += 2 * 4 * config.context_length * (config.head_dim // 2)
-    if not config.tied:
-        places["lm_head.weight"] = ((config.vocab_size, dim), at)
-        at += 4 * config.vocab_size * dim
-    return places, at
+    contents: list[tuple[str, int, tuple[int, ...]]] = [
+        ("model.embed_tokens.weight", 1, (config.vocab_size, dim)),
+        ("model.layers.{}.input_layernorm.weight", layers, (dim,)),
+        ("model.layers.{}.self_attn.q_proj.weight", layers, (query, dim)),
+        ("model.layers.{}.self_attn.k_proj.weight", layers, (key, dim)),
+        ("model.layers.{}.self_attn.v_proj.weight", layers, (key, dim)),
+        ("model.layers.{}.self_attn.o_proj.weight", layers, (dim, query)),
+        ("model.layers.{}.post_attention_layernorm.weight", layers, (dim,)),
+        ("model.layers.{}.mlp.gate_proj.weight", layers, (hidden, dim)),
+        ("model.layers.{}.mlp.down_proj.weight", layers, (dim, hidden)),
+        ("model.layers.{}.mlp.up_proj.weight", layers, (hidden, dim)),
+        ("model.norm.weight", 1, (dim,)),
+        (_UNUSED, 1, (2, config.context_length, config.head_dim // 2)),
+    ]
+    return contents if config.tied else [*contents, ("lm_head.weight", 1, (config.vocab_size, dim))]
 
 
 class Llama2cTokenizer:

@@ -130,6 +130,8 @@ def build_decoder(weights: Weights, **changes: Any) -> Decoder:
         if field not in _FREE_FIELDS:
             raise ConfigError(f"{field!r} is decided by {weights.path}; to choose are {', '.join(_FREE_FIELDS)}")
     config = dataclasses.replace(weights.config, **changes)
+    # A damaged header may call for millions of layers: look before building them.
+    _check_last_layer(weights, config)
     graph, params, rest = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), nnx.Param, ...)
     flat = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(params)}
     names = tensor_names(config)
@@ -156,6 +158,15 @@ def build_decoder(weights: Weights, **changes: Any) -> Decoder:
         # Random state of dropout: compiled, so that no parameter is drawn only to be thrown away.
         rest = jax.jit(lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param, ...)[2])()
     return nnx.merge(graph, nnx.from_flat_state(filled), rest)
+
+
+def _check_last_layer(weights: Weights, config: DecoderConfig) -> None:
+    prefix = f"model.layers.{config.num_layers - 1}."
+    if not any(name.startswith(prefix) for name in weights.shapes):
+        raise WeightsError(
+            f"{weights.path}: no tensor '{prefix}*' in a model of {config.num_layers} layers: the file is incomplete, "
+            "or its config is another model's; get both again from one place"
+        )
 
 
 def _check(weights: Weights, wanted: Mapping[str, tuple[int, ...]]) -> None:

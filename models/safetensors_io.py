@@ -189,6 +189,11 @@ def config_from_hugging_face(content: Mapping[str, Any], where: str) -> DecoderC
     Raises:
         WeightsError: A field is missing, has a wrong type, or asks for what the decoder does not have.
     """
+    # Newer configs keep the base of the rotary frequencies among the parameters of the rotary embedding.
+    rotary = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    if not isinstance(rotary, Mapping) or rotary.get("rope_type", rotary.get("type", "default")) != "default":
+        raise WeightsError(f"{where}: scaled rotary embeddings ({rotary}) are not supported: use another checkpoint")
+    content = {**content, **{name: rotary[name] for name in ("rope_theta",) if name in rotary}}
 
     def get(name: str, kind: type, default: Any = None) -> Any:
         value = content.get(name)
@@ -204,15 +209,10 @@ def config_from_hugging_face(content: Mapping[str, Any], where: str) -> DecoderC
     model_type = get("model_type", str)
     if model_type not in _MODEL_TYPES:
         raise WeightsError(f"{where}: model_type {model_type!r} is none of {', '.join(_MODEL_TYPES)}: not supported")
-    scaling = content.get("rope_scaling") or content.get("rope_parameters") or {}
-    if not isinstance(scaling, Mapping) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise WeightsError(f"{where}: scaled rotary embeddings ({scaling}) are not supported: use another checkpoint")
     context_length = get("max_position_embeddings", int)
     windowed = get("use_sliding_window", bool, model_type == "mistral")
     if windowed and get("sliding_window", int, context_length) < context_length:
         raise WeightsError(f"{where}: attention in a sliding window is not supported: use another checkpoint")
-    # Newer configs keep the base among the parameters of the rotary embedding.
-    rope_theta = get("rope_theta", float, 10_000.0) if "rope_theta" not in scaling else scaling["rope_theta"]
     activation = get("hidden_act", str, "silu")
     if activation not in _ACTIVATIONS:
         raise WeightsError(f"{where}: hidden_act {activation!r} is none of {', '.join(_ACTIVATIONS)}: not supported")
@@ -231,7 +231,7 @@ def config_from_hugging_face(content: Mapping[str, Any], where: str) -> DecoderC
             head_dim=get("head_dim", int, model_dim // num_heads),
             activation=_ACTIVATIONS[activation],
             norm_epsilon=get("rms_norm_eps", float, 1e-6),
-            rope_theta=rope_theta,
+            rope_theta=get("rope_theta", float, 10_000.0),
             tied=get("tie_word_embeddings", bool, False),
             qkv_bias=attention_bias or model_type == "qwen2",
             out_bias=attention_bias,
