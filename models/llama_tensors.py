@@ -144,20 +144,28 @@ def build_decoder(weights: Weights, **changes: Any) -> Decoder:
 
     filled = []
     for dotted, (path, variable) in flat.items():
-        array = np.empty(variable.shape, jnp.dtype(config.param_dtype))
-        layers = array if is_stacked(config, dotted) else array[None]
-        for target, name in zip(layers, names[dotted], strict=True):
-            tensor = weights[name]
-            if not np.isfinite(tensor).all():
-                raise WeightsError(
-                    f"{weights.path}: tensor {name!r} holds NaN or infinity: damaged, get the file again"
-                )
-            target[...] = tensor.T if dotted.endswith(".kernel") else tensor
-        filled.append((path, variable.replace(jnp.asarray(array))))
+        parts = (_tensor(weights, name, dotted, config.param_dtype) for name in names[dotted])
+        if is_stacked(config, dotted):
+            array = np.empty(variable.shape, config.param_dtype)
+            for target, part in zip(array, parts, strict=True):
+                target[...] = part
+        else:
+            (array,) = parts
+        # Waited for, so that the copy on the host is gone before the next one is read.
+        filled.append((path, variable.replace(jax.block_until_ready(jax.device_put(array)))))
+        del array
     if jax.tree.leaves(rest):
         # Random state of dropout: compiled, so that no parameter is drawn only to be thrown away.
         rest = jax.jit(lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param, ...)[2])()
     return nnx.merge(graph, nnx.from_flat_state(filled), rest)
+
+
+def _tensor(weights: Weights, name: str, parameter: str, dtype: str) -> np.ndarray:
+    """One tensor as a decoder's parameter has it: transposed if that is a kernel, and in its dtype."""
+    tensor = weights[name]
+    if not np.isfinite(tensor).all():
+        raise WeightsError(f"{weights.path}: tensor {name!r} holds NaN or infinity: damaged, get the file again")
+    return np.ascontiguousarray(tensor.T if parameter.endswith(".kernel") else tensor, dtype)
 
 
 def _check_last_layer(weights: Weights, config: DecoderConfig) -> None:
