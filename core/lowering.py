@@ -99,13 +99,12 @@ def operation(name: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def find_rule(operation: str, encoding: type, platform: str) -> Rule | None:
-    """The most specific rule: of the nearest class, for this platform before any."""
+def find_rules(operation: str, encoding: type, platform: str) -> Iterator[Rule]:
+    """The rules that apply, most specific first: of the nearest class, for this platform before any."""
     for owner in encoding.__mro__:
         for where in (platform, None):
             if (operation, owner, where) in _RULES:
-                return _RULES[operation, owner, where]
-    return None
+                yield _RULES[operation, owner, where]
 
 
 class Evaluator:
@@ -163,10 +162,10 @@ class Evaluator:
     def _apply(self, op: Op, operands: list[Any]) -> list[Any]:
         encoded = [index for index, x in enumerate(operands) if isinstance(x, Encoded)]
         for index in encoded:
-            found = find_rule(op.name, type(operands[index]), self.platform)
-            outputs = found(Call(op, tuple(operands), index, self)) if found else None
-            if outputs is not None:
-                return outputs
+            for rule_ in find_rules(op.name, type(operands[index]), self.platform):
+                outputs = rule_(Call(op, tuple(operands), index, self))
+                if outputs is not None:
+                    return outputs
         if op.equation is None:
             if op.name not in _OPERATIONS:
                 raise LoweringError(

@@ -25,16 +25,33 @@ class ScaledArray(Encoded):
         scale: float32, of the same rank; 1 along dimensions that share a scale.
         logical_dtype: dtype of the array that this stands for.
         axes: inside `shard_map`, the mesh axes that split each dimension, aligned with the last one.
+        order: a transposition that is not carried out yet: which dimension of the leaves each dimension is. Products
+            read the leaves as they lie; anything else settles it first.
     """
 
     values: Any
     scale: Any
     logical_dtype: Any
     axes: Axes = ()
+    order: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.values.shape)
+        shape = tuple(self.values.shape)
+        return tuple(shape[dim] for dim in self.order) if self.order else shape
+
+    def as_it_lies(self) -> Self:
+        """The array before the pending transposition."""
+        return dataclasses.replace(self, order=())
+
+    def settled(self) -> Self:
+        """The same array with the pending transposition carried out."""
+        if not self.order:
+            return self
+        axes = [self.axes_of(dim) for dim in self.order]
+        return dataclasses.replace(self, order=())._with(
+            jnp.transpose(self.values, self.order), jnp.transpose(self.scale, self.order), axes
+        )
 
     @property
     def dtype(self) -> Any:
@@ -57,6 +74,8 @@ class ScaledArray(Encoded):
         return [self.axes_of(dim) for dim in range(self.ndim)]
 
     def spec(self, spec: PartitionSpec) -> Self:
+        if self.order:
+            return self.settled().spec(spec)
         parts = (*spec, *(None,) * (self.ndim - len(spec)))
         if len(parts) != self.ndim:
             raise EncodingError(f"{spec} names {len(spec)} dimensions, but the parameter has {self.ndim}: {self.shape}")
@@ -64,11 +83,15 @@ class ScaledArray(Encoded):
         return dataclasses.replace(self, values=PartitionSpec(*parts), scale=PartitionSpec(*scale))
 
     def manual(self, spec: PartitionSpec) -> Self:
+        if self.order:
+            return self.settled().manual(spec)
         parts = (*spec, *(None,) * (self.ndim - len(spec)))
         names = [() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in parts]
         return self._with(self.values, self.scale, names)
 
     def stacked(self, length: int) -> Self:
+        if self.order:
+            return self.settled().stacked(length)
         scale = self.scale
         if self._shared(0):
             scale = jnp.broadcast_to(scale, (length, *scale.shape[1:]))
@@ -80,14 +103,12 @@ class ScaledArray(Encoded):
         return dataclasses.replace(self, logical_dtype=jnp.dtype(dtype))
 
     def transpose(self, permutation: Sequence[int]) -> Self:
-        axes = self._all_axes()
-        return self._with(
-            jnp.transpose(self.values, permutation),
-            jnp.transpose(self.scale, permutation),
-            [axes[dim] for dim in permutation],
-        )
+        order = tuple(self.order[dim] for dim in permutation) if self.order else tuple(permutation)
+        return dataclasses.replace(self, order=() if order == tuple(range(self.ndim)) else order)
 
     def reshape(self, shape: Sequence[int]) -> Self | None:
+        if self.order:
+            return self.settled().reshape(shape)
         if 0 in self.shape:
             return None
         scale_before: list[int] = []
@@ -109,12 +130,16 @@ class ScaledArray(Encoded):
         return self._with(jnp.reshape(self.values, shape), jnp.reshape(scale, scale_after), axes)
 
     def squeeze(self, dimensions: Sequence[int]) -> Self:
+        if self.order:
+            return self.settled().squeeze(dimensions)
         gone = {dim % self.ndim for dim in dimensions}
         axes = [names for dim, names in enumerate(self._all_axes()) if dim not in gone]
         dims = tuple(gone)
         return self._with(jnp.squeeze(self.values, dims), jnp.squeeze(self.scale, dims), axes)
 
     def slice(self, slices: Slices) -> Self:
+        if self.order:
+            return self.settled().slice(slices)
         scale = [(0, 1, 1) if self._shared(dim) else part for dim, part in enumerate(slices)]
         return self._with(
             jax.lax.slice(self.values, *zip(*slices, strict=True)),
@@ -123,6 +148,8 @@ class ScaledArray(Encoded):
         )
 
     def dynamic_slice(self, starts: Sequence[Any], sizes: Sequence[int]) -> Self:
+        if self.order:
+            return self.settled().dynamic_slice(starts, sizes)
         scale_starts = [jnp.zeros_like(s) if self._shared(dim) else s for dim, s in enumerate(starts)]
         scale_sizes = [1 if self._shared(dim) else size for dim, size in enumerate(sizes)]
         return self._with(
@@ -132,7 +159,7 @@ class ScaledArray(Encoded):
         )
 
     def concatenate(self, others: Sequence[Any], dimension: int) -> Self | None:
-        parts = [self, *others]
+        parts = [p.settled() if isinstance(p, ScaledArray) else p for p in (self, *others)]
         if any(type(p) is not type(self) or p.dtype != self.dtype or p.axes != self.axes for p in parts):
             return None
         scales = []
@@ -141,11 +168,15 @@ class ScaledArray(Encoded):
         for part in parts:
             shape = [part.values.shape[dim] if full[dim] else 1 for dim in range(self.ndim)]
             scales.append(jnp.broadcast_to(part.scale, shape))
-        return self._with(
-            jnp.concatenate([p.values for p in parts], dimension), jnp.concatenate(scales, dimension), self._all_axes()
+        return parts[0]._with(
+            jnp.concatenate([p.values for p in parts], dimension),
+            jnp.concatenate(scales, dimension),
+            parts[0]._all_axes(),
         )
 
     def gather(self, indices: Any, attributes: dict[str, Any]) -> jax.Array | None:
+        if self.order:
+            return self.settled().gather(indices, attributes)
         numbers = attributes["dimension_numbers"]
         mode, fill = attributes["mode"], attributes.get("fill_value")
         indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
@@ -169,7 +200,8 @@ class ScaledArray(Encoded):
         raise NotImplementedError
 
     def decode(self) -> jax.Array:
-        return self._unpack(self.values, self.scale)
+        dense = self._unpack(self.values, self.scale)
+        return jnp.transpose(dense, self.order) if self.order else dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +265,9 @@ class SimulatedArray(Encoded):
 
 
 for _cls in (QuantizedArray, SeenArray):
-    jax.tree_util.register_dataclass(_cls, data_fields=["values", "scale"], meta_fields=["logical_dtype", "axes"])
+    jax.tree_util.register_dataclass(
+        _cls, data_fields=["values", "scale"], meta_fields=["logical_dtype", "axes", "order"]
+    )
 jax.tree_util.register_dataclass(SimulatedArray, data_fields=["master"], meta_fields=["reduced"])
 
 

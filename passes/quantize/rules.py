@@ -6,6 +6,7 @@ every layer would otherwise live through a scan.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from compax import _jax
 from compax.higher_order import name_dot
 from compax.ir import Op
 from compax.lowering import Call, operation, rule
+from compax.passes.quantize import blocks
 from compax.passes.quantize.arithmetic import absmax_scale, fake_quantize, to_integers
 from compax.passes.quantize.encoding import QuantizedArray, SeenArray
 
@@ -33,6 +35,7 @@ class _Dot(NamedTuple):
     dtype: Any
     integer: bool
     axes: tuple[str, ...]
+    blocked: bool
 
     @property
     def x_dims(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -49,9 +52,40 @@ def _free(ndim: int, contract: Sequence[int], batch: Sequence[int]) -> list[int]
     return [dim for dim in range(ndim) if dim not in contract and dim not in batch]
 
 
-def _product(x: Any, values: Any, numbers: Any, weight: int, precision: Any, dtype: Any) -> jax.Array:
-    pair = (values, x) if weight == 0 else (x, values)
-    return jax.lax.dot_general(*pair, numbers, precision=precision, preferred_element_type=dtype)
+def _product(x: jax.Array, values: jax.Array, dot: _Dot) -> jax.Array:
+    """The product with the integers themselves: int32 of integer activations, float32 of floating ones."""
+    if dot.blocked and (out := _blocked_product(x, values, dot)) is not None:
+        return out
+    integer = jnp.issubdtype(x.dtype, jnp.integer)
+    values = values if integer else values.astype(x.dtype)
+    pair = (values, x) if dot.weight == 0 else (x, values)
+    accumulator = jnp.int32 if integer else jnp.float32
+    precision = None if integer else dot.precision
+    numbers = (dot.contract, dot.batch)
+    return jax.lax.dot_general(*pair, numbers, precision=precision, preferred_element_type=accumulator)
+
+
+def _blocked_product(x: jax.Array, values: jax.Array, dot: _Dot) -> jax.Array | None:
+    """The product block by block, where the weight is a matrix as it lies in memory."""
+    (x_contract, x_batch), (w_contract, _) = dot.x_dims, dot.w_dims
+    matrix = blocks.as_matrix(values.shape, w_contract)
+    if x_batch or matrix is None or _jax.varying_axes(x):
+        return None
+    rows, columns, transposed = matrix
+    block = blocks.block_size(rows, columns)
+    free = _free(x.ndim, x_contract, ())
+    if block is None:
+        return None
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        # With more rows, XLA's own int8 product is faster.
+        num_rows = math.prod(x.shape[dim] for dim in free)
+        if (columns if transposed else block) > blocks.EXACT_DEPTH or num_rows > blocks.FEW_ROWS:
+            return None
+    flat = jnp.reshape(jnp.transpose(x, [*free, *x_contract]), (-1, columns if transposed else rows))
+    out = blocks.matmul(flat, jnp.reshape(values, (rows, columns)), block, transposed=transposed)
+    x_shape = [x.shape[dim] for dim in free]
+    w_shape = [values.shape[dim] for dim in _free(values.ndim, w_contract, ())]
+    return jnp.reshape(out.T, (*w_shape, *x_shape)) if dot.weight == 0 else jnp.reshape(out, (*x_shape, *w_shape))
 
 
 def _in_output(scale: jax.Array, dims: tuple[Sequence[int], Sequence[int]], other_free: int, first: bool) -> jax.Array:
@@ -66,14 +100,13 @@ def _in_output(scale: jax.Array, dims: tuple[Sequence[int], Sequence[int]], othe
 
 def _forward(x: jax.Array, values: jax.Array, scale: jax.Array, dot: _Dot) -> jax.Array:
     x_free, w_free = x.ndim - len(sum(dot.x_dims, ())), values.ndim - len(sum(dot.w_dims, ()))
-    numbers = (dot.contract, dot.batch)
     w_scale = _in_output(scale, dot.w_dims, x_free, dot.weight == 0)
     if dot.integer:
         x_scale = absmax_scale(x, dot.x_dims[0], dot.axes)
-        out = _product(to_integers(x, x_scale), values, numbers, dot.weight, None, jnp.int32).astype(jnp.float32)
+        out = _product(to_integers(x, x_scale), values, dot).astype(jnp.float32)
         out = out * _in_output(x_scale, dot.x_dims, w_free, dot.weight == 1)
     else:
-        out = _product(x, values.astype(x.dtype), numbers, dot.weight, dot.precision, jnp.float32)
+        out = _product(x, values, dot)
     return (out * w_scale).astype(dot.dtype)
 
 
@@ -108,6 +141,8 @@ def _scaled_dot_backward(dot: _Dot, saved: Any, gradient: jax.Array) -> tuple[ja
 
 
 _scaled_dot.defvjp(_scaled_dot_forward, _scaled_dot_backward)
+# Traced once for each shape, not once for each layer.
+_compiled_dot = jax.jit(_scaled_dot, static_argnums=3)
 
 
 def _uniform(*arrays: jax.Array) -> list[jax.Array]:
@@ -116,8 +151,19 @@ def _uniform(*arrays: jax.Array) -> list[jax.Array]:
     return [_jax.vary(x, union) for x in arrays]
 
 
-def _static(op: Op, w: QuantizedArray, weight: int, integer: bool) -> _Dot:
-    contract, batch = op.attributes["dimension_numbers"]
+def _as_it_lies(numbers: Any, w: QuantizedArray, weight: int) -> tuple[Any, QuantizedArray]:
+    """A product with a transposed weight as one with the weight before its transposition, where that is the same."""
+    if not w.order:
+        return numbers, w
+    contract, batch = numbers
+    if batch[weight] or len(_free(w.ndim, contract[weight], ())) > 1:
+        return numbers, w.settled()
+    moved = tuple(w.order[dim] for dim in contract[weight])
+    return ((moved, contract[1]) if weight == 0 else (contract[0], moved), batch), w.as_it_lies()
+
+
+def _static(op: Op, numbers: Any, w: QuantizedArray, weight: int, *, integer: bool, blocked: bool) -> _Dot:
+    contract, batch = numbers
     names = tuple(dict.fromkeys(name for dim in contract[weight] for name in w.axes_of(dim)))
     return _Dot(
         (tuple(contract[0]), tuple(contract[1])),
@@ -127,6 +173,7 @@ def _static(op: Op, w: QuantizedArray, weight: int, integer: bool) -> _Dot:
         jnp.dtype(op.outputs[0].dtype),
         integer,
         names,
+        blocked,
     )
 
 
@@ -134,8 +181,11 @@ def _scale_is_free_of(w: QuantizedArray, dims: Sequence[int]) -> bool:
     return all(w.scale.shape[dim] == 1 for dim in dims)
 
 
-def _dot(op: Op, x: Any, w: QuantizedArray, weight: int, integer: bool) -> list[jax.Array] | None:
-    dot = _static(op, w, weight, integer)
+def _dot(
+    op: Op, x: Any, w: QuantizedArray, weight: int, *, integer: bool, blocked: bool = False
+) -> list[jax.Array] | None:
+    numbers, w = _as_it_lies(op.attributes["dimension_numbers"], w, weight)
+    dot = _static(op, numbers, w, weight, integer=integer, blocked=blocked)
     contract, batch = dot.w_dims
     x, values, scale = _uniform(x, w.values, w.scale)
     if not _scale_is_free_of(w, contract):
@@ -145,7 +195,7 @@ def _dot(op: Op, x: Any, w: QuantizedArray, weight: int, integer: bool) -> list[
         x = x * _like_activations(scale, dot, x.ndim).astype(x.dtype)
         scale = jnp.ones((1,) * w.ndim, jnp.float32)
         scale = _uniform(x, values, scale)[2]
-    return [name_dot(_scaled_dot(x, values, scale, dot), bool(batch))]
+    return [name_dot(_compiled_dot(x, values, scale, dot), bool(batch))]
 
 
 def _like_activations(scale: jax.Array, dot: _Dot, ndim: int) -> jax.Array:
@@ -161,10 +211,19 @@ def _like_activations(scale: jax.Array, dot: _Dot, ndim: int) -> jax.Array:
 
 @rule("dot_general", QuantizedArray)
 def _weight_only_dot(call: Call) -> list[jax.Array] | None:
+    return _weight_only(call, blocked=False)
+
+
+@rule("dot_general", QuantizedArray, "cpu")
+def _weight_only_dot_cpu(call: Call) -> list[jax.Array] | None:
+    return _weight_only(call, blocked=True)
+
+
+def _weight_only(call: Call, *, blocked: bool) -> list[jax.Array] | None:
     x = call.operands[1 - call.index]
     if isinstance(x, QuantizedArray) or not jnp.issubdtype(x.dtype, jnp.floating):
         return None
-    return _dot(call.op, x, call.encoded, call.index, integer=False)
+    return _dot(call.op, x, call.encoded, call.index, integer=False, blocked=blocked)
 
 
 @rule("ragged_dot_general", QuantizedArray)
@@ -174,7 +233,7 @@ def _weight_only_ragged(call: Call) -> list[jax.Array] | None:
 
 def _ragged(op: Op, operands: Sequence[Any], *, integer: bool) -> list[jax.Array] | None:
     """Rows in groups, each group with its own matrix: a row's scale is its group's."""
-    x, w, sizes = operands[:3]
+    x, w, sizes = operands[0], operands[1].settled(), operands[2]
     numbers = op.attributes["ragged_dot_dimension_numbers"]
     (contract, batch) = numbers.dot_dimension_numbers
     plain = not batch[0] and numbers.lhs_ragged_dimensions == (0,) and numbers.rhs_group_dimensions == (0,)
@@ -204,7 +263,7 @@ def _weight_only_convolution(call: Call) -> list[jax.Array] | None:
 
 
 def _convolution(op: Op, x: Any, w: QuantizedArray) -> list[jax.Array] | None:
-    numbers = op.attributes["dimension_numbers"]
+    numbers, w = op.attributes["dimension_numbers"], w.settled()
     if not _scale_is_free_of(w, numbers.rhs_spec[1:]):
         return None
     options = {k: v for k, v in op.attributes.items() if k != "preferred_element_type"}
@@ -244,6 +303,7 @@ def _rounded(op: Op, operands: Sequence[Any], weight: int) -> list[Any]:
     w, x = operands[weight], operands[place]
     names: tuple[str, ...] = ()
     if isinstance(w, (QuantizedArray, SeenArray)) and op.name == "dot_general":
+        w = w.settled()
         names = tuple(dict.fromkeys(n for dim in op.attributes["dimension_numbers"][0][weight] for n in w.axes_of(dim)))
     rounded = list(operands)
     rounded[place] = fake_quantize(x, absmax_scale(jax.lax.stop_gradient(x), dims, names))
@@ -258,7 +318,16 @@ def _quantized_contraction(call: Call) -> list[jax.Array]:
 
 
 @rule(QUANTIZED, QuantizedArray)
-def _integer_contraction(call: Call) -> list[jax.Array] | None:
+def _integer(call: Call) -> list[jax.Array] | None:
+    return _integer_contraction(call, blocked=False)
+
+
+@rule(QUANTIZED, QuantizedArray, "cpu")
+def _integer_cpu(call: Call) -> list[jax.Array] | None:
+    return _integer_contraction(call, blocked=True)
+
+
+def _integer_contraction(call: Call, *, blocked: bool) -> list[jax.Array] | None:
     """Stored int8 weights: the product in integers, where the format allows it."""
     op = call.op.bodies[0].ops[0]
     weight = call.op.attributes["weight"]
@@ -267,8 +336,8 @@ def _integer_contraction(call: Call) -> list[jax.Array] | None:
     w = call.encoded
     if op.name == "dot_general":
         (contract, _) = op.attributes["dimension_numbers"]
-        if _scale_is_free_of(w, contract[weight]):
-            return _dot(op, call.operands[1 - weight], w, weight, integer=True)
+        if _scale_is_free_of(w.settled(), contract[weight]):
+            return _dot(op, call.operands[1 - weight], w, weight, integer=True, blocked=blocked)
     if op.name == "ragged_dot_general":
         return _ragged(op, call.operands, integer=True)
     return None
