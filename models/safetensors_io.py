@@ -327,15 +327,18 @@ def save_safetensors(
     partial = {file: directory / f".{file}.{os.getpid()}.partial" for file in (FILE_NAME, CONFIG_NAME)}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_safetensors(partial[FILE_NAME], tensors)
-        partial[CONFIG_NAME].write_text(content, encoding="utf-8")
-        for file, temporary in partial.items():
-            temporary.replace(directory / file)
+        try:
+            write_safetensors(partial[FILE_NAME], tensors)
+            partial[CONFIG_NAME].write_text(content, encoding="utf-8")
+            for file, temporary in partial.items():
+                temporary.replace(directory / file)
+        finally:
+            for temporary in partial.values():
+                temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise WeightsError(f"{directory}: cannot be written ({error.strerror}); nothing there was changed") from None
-    finally:
-        for temporary in partial.values():
-            temporary.unlink(missing_ok=True)
+        raise WeightsError(
+            f"{directory}: cannot be written ({error.strerror}): what was there is unchanged; choose another folder"
+        ) from None
 
 
 def _slice(array: Any, index: int | None, transposed: bool) -> Callable[[], np.ndarray]:

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from compax.errors import WeightsError
 from compax.models import DecoderConfig
 
 Array = np.ndarray
@@ -83,3 +85,19 @@ def _logits(config: DecoderConfig, params: Mapping[str, Any], tokens: Array) -> 
         x = x + project(hidden, "mlp.down", layer)
     x = normalize(x, "norm")
     return x @ (embedding.T if config.tied else get("head.kernel"))
+
+
+@pytest.fixture(scope="session")
+def refused() -> Callable[..., str]:
+    """Checks that a call raises a `WeightsError` of one readable line that names the file and has the given words."""
+
+    def check(path: Path, call: Callable[[], Any], *words: str) -> str:
+        with pytest.raises(WeightsError) as caught:
+            call()
+        message = str(caught.value)
+        assert "\n" not in message
+        for word in (str(path), *words):
+            assert word in message
+        return message
+
+    return check
