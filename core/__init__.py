@@ -10,6 +10,9 @@ if __name__ != "compax":
 
 from compax.encoding import Encoded
 from compax.errors import CompaxError
+from compax.pipeline import Pipeline
 from compax.program import Program, capture
+from compax.storage import load, save
+from compax.verify import verify
 
-__all__ = ["CompaxError", "Encoded", "Program", "capture"]
+__all__ = ["CompaxError", "Encoded", "Pipeline", "Program", "capture", "load", "save", "verify"]

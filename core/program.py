@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from compax import capture as capturing
-from compax import lowering, raising
+from compax import lowering, module, printing, raising
+from compax.analysis import coverage as covering
 from compax.capture import Captured, Entry, Signature, Static
 from compax.encoding import Encoded
 from compax.errors import CaptureError, SignatureError, VerificationError
@@ -235,6 +236,21 @@ class Program:
         if key not in self.memo:
             self.memo[key] = raising.find_sites(captured)
         return self.memo[key]
+
+    def coverage(self, entry: str | None = None) -> covering.Coverage:
+        """What share of the work and of the parameters is in composites, and what is unpacked on the way."""
+        return covering.coverage(self, entry)
+
+    def to_module(self, entry: str | None = None) -> module.ProgramModule:
+        """An `nnx.Module` that runs an entry, for `nnx.Optimizer`, `nnx.jit` and what else takes modules.
+
+        Trainable parameters are `nnx.Param`; frozen and stored ones are other kinds of variables. State is updated in
+        place by each call.
+        """
+        return module.to_module(self, entry)
+
+    def __str__(self) -> str:
+        return printing.program_text(self)
 
     def check(self) -> None:
         """Raises `VerificationError` if a graph needs a parameter that the store lacks or holds in another shape."""
