@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from compax import selectors
 from compax.contracts import Observation, relative_output_error
 from compax.errors import CompaxError, PipelineError
-from compax.instruments import Instrument, Measured, Step, Verify, comparable, observe
+from compax.instruments import Instrument, Measured, Step, Verify, comparable, observe, with_equal_draws
 from compax.program import Program
 from compax.transform import Context, Inputs, Pass
 
@@ -121,7 +121,8 @@ class _Judge:
             inputs = comparable(pass_, self.program, self._context)
             if isinstance(inputs, Inputs) and after is not self.program:
                 compiled = not pass_.promise().operation_by_operation
-                one, other = self._observed(inputs, compiled), observe(after, inputs, compiled=compiled)
+                one = self._observed(inputs, compiled)
+                other = observe(with_equal_draws(pass_, self.program, after), inputs, compiled=compiled)
                 metric = divergence(one, other)
                 pass_.promise().check(one, other)
         except CompaxError as error:

@@ -17,6 +17,7 @@ from flax import nnx
 
 from compax.contracts import Observation
 from compax.errors import ContractError
+from compax.printing import program_text
 from compax.program import Program
 from compax.sources import join, unwrap
 from compax.transform import Context, Inputs, Pass, PassRecord, PassResult
@@ -122,7 +123,7 @@ class PrintAfter(Instrument):
 
     def after(self, step: Step) -> Measured:
         if step.result.changed and (not self._names or step.pass_.name in self._names):
-            (self._file or sys.stdout).write(f"after {step.pass_}:\n{step.result.program}\n")
+            (self._file or sys.stdout).write(f"after {step.pass_}:\n{program_text(step.result.program)}\n")
         return Measured()
 
 
@@ -199,7 +200,8 @@ class Numerics(Instrument):
             return Measured(notes=(f"outputs not compared: {self._inputs}",))
         assert self._seen is not None
         before = self._seen[2]
-        after = self._observe(step.pass_, step.result.program, self._inputs)
+        program = with_equal_draws(step.pass_, step.before, step.result.program)
+        after = self._observe(step.pass_, program, self._inputs)
         metrics: dict[str, Any] = dict(step.pass_.promise().check(before, after))
         if before.loss is not None and after.loss is not None:
             metrics["loss"] = (before.loss, after.loss)
@@ -229,6 +231,13 @@ def comparable(pass_: Pass, program: Program, context: Context) -> Inputs | str:
         if entry.mode == "eval" and entry.source.arguments == chosen.source.arguments:
             return dataclasses.replace(inputs, entry=entry.name)
     return "the pass changes random draws, and the program has no entry in eval mode for these inputs"
+
+
+def with_equal_draws(pass_: Pass, before: Program, after: Program) -> Program:
+    """What is compared with the program before a pass: of one that may change draws, the result with the old state."""
+    if pass_.changes_draws and before.state.keys() == after.state.keys():
+        return after.replace(state=before.state)
+    return after
 
 
 def observe(program: Program, inputs: Inputs, *, compiled: bool) -> Observation:

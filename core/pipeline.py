@@ -258,6 +258,7 @@ def _explained(
     else:
         kind, message = PassError, f"{pass_}: failed with {type(error).__name__}: {error}"
     named = kind(message)
+    named.__cause__ = error
     said = [instrument.failed(pass_, program, context, named) for instrument in instruments]
     return kind("\n".join([message, *(sentence for sentence in said if sentence)]))
 

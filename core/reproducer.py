@@ -31,6 +31,7 @@ import numpy as np
 
 from compax.errors import CompaxError, PipelineError
 from compax.pipeline import Pipeline
+from compax.printing import program_text
 from compax.program import Program, capture
 from compax.transform import Context, Inputs, Pass
 
@@ -132,7 +133,7 @@ def write(
         "seed": context.seed,
         "inputs": None if inputs is None else {"args": _encode(inputs.args), "kwargs": _encode(dict(inputs.kwargs))},
         "versions": _versions(),
-        "program": str(program).splitlines(),
+        "program": program_text(program, entry.name, ops=True).splitlines(),
     }
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=1)

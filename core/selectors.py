@@ -19,7 +19,7 @@ from typing import NoReturn, Protocol, TypeVar
 from compax.errors import SelectorError
 from compax.text import point
 
-_SPECIAL = re.compile(r"[*,:!\s]")
+_SPECIAL = re.compile(r"[*,:!\s]+")
 
 
 class Named(Protocol):
@@ -168,5 +168,5 @@ def _list(sites: Sequence[Named]) -> str:
 
 
 def exactly(names: Iterable[str]) -> str:
-    """A selector of the sites with these names; `*` stands for a character to which selectors give a meaning."""
+    """A selector of the sites with these names; `*` stands for characters to which selectors give a meaning."""
     return ",".join(_SPECIAL.sub("*", name) for name in dict.fromkeys(names))

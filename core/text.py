@@ -210,7 +210,9 @@ def read(written: Written, annotation: Any) -> Any:
         found = _read(written, annotation, lenient)
         if found is not _NO:
             return found
-    raise Mismatch(f"takes {describe(annotation)}, not {_describe_written(written)}")
+    quoted = dataclasses.replace(written, kind="string", value="")
+    looks = " (text that looks like this is written in double quotes)" if _read(quoted, annotation, False) == "" else ""
+    raise Mismatch(f"takes {describe(annotation)}, not {_describe_written(written)}{looks}")
 
 
 _NO: Any = object()
@@ -353,4 +355,4 @@ def _describe_written(written: Written) -> str:
         return f"the text '{written.value}'"
     if written.kind in ("truth", "none"):
         return write(written.value)
-    return f"the number {written.value} (text that looks like a number is written in double quotes)"
+    return f"the number {written.value}"

@@ -19,6 +19,7 @@ from compax.capture import Captured
 from compax.contracts import Contract, Exact
 from compax.encoding import nbytes
 from compax.errors import PipelineError
+from compax.printing import bytes_text
 from compax.program import Program
 from compax.selectors import AnyNamed, Named, Selector
 
@@ -135,18 +136,11 @@ class PassRecord:
             parts[-1] += f" ({'; '.join(reasons)})"
         for what, before, after in (
             ("parameters", f"{self.before.parameters:,}", f"{self.after.parameters:,}"),
-            ("", _size_text(self.before.nbytes), _size_text(self.after.nbytes)),
+            ("", bytes_text(self.before.nbytes), bytes_text(self.after.nbytes)),
         ):
             parts.append(f"{before if before == after else f'{before} -> {after}'} {what}".strip())
         parts += [f"{name} {_metric_text(value)}" for name, value in self.metrics.items()]
         return f"{self.text}: {', '.join([*parts, f'{self.seconds:.2f} s', *self.notes])}"
-
-
-def _size_text(nbytes: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.1f} {unit}"
-    return f"{nbytes} B"
 
 
 def _metric_text(value: Any) -> str:
