@@ -159,3 +159,28 @@ def convolve(lhs: Array, rhs: Array, *, preferred_element_type: Any, **attribute
 def source_text(equation: Equation) -> str:
     """Where the model's code asked for an equation: `file.py:12:4 (function)`."""
     return _source_info.summarize(equation.source_info)
+
+
+def retyped(
+    equation: Equation, parameters: dict[str, Any], inputs: Sequence[AbstractValue], outputs: Sequence[AbstractValue]
+) -> Equation:
+    """A recorded equation with other parameters and types, under the settings under which it was recorded."""
+    return equation.replace(invars=list(map(_core.Var, inputs)), outvars=list(map(_core.Var, outputs)), params=parameters)
+
+
+def conversion(beside: Equation, aval: AbstractValue, dtype: Any) -> Equation:
+    """A `convert_element_type`, as it would have been recorded beside another equation."""
+    return _core.new_jaxpr_eqn(
+        [_core.Var(aval)],
+        [_core.Var(with_dtype(aval, dtype))],
+        jax.lax.convert_element_type_p,
+        {"new_dtype": dtype, "weak_type": False, "sharding": None},
+        _core.no_effects,
+        beside.source_info,
+        beside.ctx,
+    )
+
+
+def with_dtype(aval: AbstractValue, dtype: Any) -> AbstractValue:
+    """An abstract value in another dtype: shape, sharding and varying axes stay, the type is no longer weak."""
+    return aval.update(dtype=dtype, weak_type=False)
