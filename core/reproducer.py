@@ -37,6 +37,18 @@ from compax.transform import Context, Inputs, Pass
 
 FORMAT = "compax reproducer 1"
 LARGEST_BY_VALUE = 4096
+_NOTHING = type(None)
+_CONTENT: Mapping[str, type | tuple[type, ...]] = {
+    "pipeline": str,
+    "pass": str,
+    "error": dict,
+    "modules": list,
+    "model": (dict, _NOTHING),
+    "entry": dict,
+    "seed": int,
+    "inputs": (dict, _NOTHING),
+    "versions": dict,
+}
 _PACKAGES = ("compax", "jax", "jaxlib", "flax", "numpy")
 
 
@@ -82,7 +94,11 @@ class Place:
         assert spec is not None
         assert spec.loader is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise PipelineError(f"{self.file} fails when it is run: {type(error).__name__}: {error}") from error
         return module
 
 
@@ -115,13 +131,12 @@ def write(
     passes = [*(record.pass_ for record in program.history), pass_]
     inputs = context.inputs
     entry = program.entry(inputs.entry if inputs else None)
-    cause = error.__cause__ or error.__context__ or error
     content = {
         "format": FORMAT,
         "pipeline": str(Pipeline(passes)),
         "pass": str(pass_),
         "error": {"type": type(error).__name__, "message": str(error)},
-        "traceback": "".join(traceback.format_exception(cause)).splitlines(),
+        "traceback": "".join(traceback.format_exception(error.__cause__ or error)).splitlines(),
         "modules": [dataclasses.asdict(place) for place in dict.fromkeys(Place.of(type(p)) for p in passes)],
         "model": _locate(model),
         "entry": {
@@ -136,7 +151,7 @@ def write(
         "program": program_text(program, entry.name, ops=True).splitlines(),
     }
     directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1)
+    text = "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in content.items()) + "\n}\n"
     for number in range(1, 1_000_000):
         path = directory / (f"{pass_.name}.json" if number == 1 else f"{pass_.name}-{number}.json")
         try:
@@ -146,6 +161,12 @@ def write(
             continue
         return path
     raise OSError(f"{directory} is full of reproducers")
+
+
+def _lines(value: Any) -> str:
+    """JSON in which a list of texts, and nothing else, stands line by line."""
+    by_line = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return json.dumps(value, indent=1 if by_line else None)
 
 
 def _locate(model: str | Callable[[], Any] | None) -> dict[str, Any] | None:
@@ -257,11 +278,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise PipelineError(f"{os.fspath(path)} cannot be read as a reproducer: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PipelineError(f"{os.fspath(path)} is no reproducer: its format is not '{FORMAT}'")
-    if (
-        missing := {"pipeline", "pass", "error", "modules", "model", "entry", "seed", "inputs", "versions"}
-        - content.keys()
-    ):
-        raise PipelineError(f"{os.fspath(path)} is damaged: it has no '{min(missing)}'")
+    for key, kinds in _CONTENT.items():
+        if key not in content or not isinstance(content[key], kinds):
+            raise PipelineError(f"{os.fspath(path)} is damaged: it has no '{key}', or another kind of value there")
     return content
 
 
@@ -298,7 +317,11 @@ def _prepare(
     for place in content["modules"]:
         Place(**place).load()
     pipeline = Pipeline.parse(content["pipeline"])
-    made = _function(content, model)()
+    function = _function(content, model)
+    try:
+        made = function()
+    except Exception as error:
+        raise PipelineError(f"the function that makes the model fails: {type(error).__name__}: {error}") from error
     given: tuple[Any, ...] = ()
     if isinstance(made, tuple):
         made, *rest = made

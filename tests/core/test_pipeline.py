@@ -107,7 +107,6 @@ floats = st.floats(allow_nan=False)
 
 
 @hypothesis.given(st.data())
-@hypothesis.settings(max_examples=200)
 def test_any_pipeline_is_read_back_equal(samples: Any, data: st.DataObject) -> None:
     every = st.builds(
         samples.EveryOption,

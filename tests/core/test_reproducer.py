@@ -50,6 +50,7 @@ def test_a_broken_pass_leaves_a_file_that_replays_it(samples: Any, tmp_path: Pat
     error, path = fail(samples, tmp_path, f"copy(at=blocks.0) | {broken} | quantize", samples.make_program)
     assert str(error).endswith(f"\nreplay with: python -m compax.reproducer {path}")
     content = reproducer.read(path)
+    assert any("sample_passes.py" in line for line in content["traceback"]) == (broken == "crash")
     assert content["pass"] == str(Pipeline.parse(broken))
     assert content["pipeline"] == str(Pipeline.parse(f"copy(at=blocks.0) | {broken}"))
     assert any("blocks.0" in line for line in content["program"])
@@ -171,7 +172,7 @@ def test_a_program_with_a_history_is_replayed_from_its_beginning(samples: Any, t
         ("{", "cannot be read as a reproducer"),
         ("[1]", "its format is not"),
         ('{"format": "something else"}', "its format is not"),
-        ('{"format": "compax reproducer 1"}', "is damaged: it has no 'entry'"),
+        ('{"format": "compax reproducer 1"}', "is damaged: it has no 'pipeline'"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, capsys: Any, text: str | None, says: str) -> None:
@@ -246,3 +247,20 @@ def test_an_input_that_no_text_holds() -> None:
     written = reproducer._encode({"cache": object()})
     with pytest.raises(PipelineError, match=r"an input is a builtins\.object, which no text holds"):
         reproducer._decode(written, seed=0)
+
+
+def test_models_and_modules_that_fail(samples: Any, tmp_path: Path) -> None:
+    _, path = fail(samples, tmp_path, "crash", None)
+
+    def model() -> Any:
+        raise KeyError("weights")
+
+    with pytest.raises(PipelineError, match="the function that makes the model fails: KeyError: 'weights'"):
+        reproducer.replay(path, model)
+    script = tmp_path / "a_script_that_fails.py"
+    script.write_text("import json\njson.nothing\n")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "modules": [{"module": "__main__", "file": str(script)}]}))
+    with pytest.raises(PipelineError, match="fails when it is run: AttributeError"):
+        reproducer.replay(path, model)
+    assert "a_script_that_fails" not in sys.modules
