@@ -6,6 +6,7 @@
       metrics.jsonl      losses: the same to the bit in every repetition of the run
       timing.jsonl       what the clock said
       checkpoints/200/   parameters, state, optimizer state, place in the data, versions
+      compressed/        the program after the passes of `compress`; compress.json is the report
 
 A directory that holds anything else is left alone. Checkpoints are written by Orbax in the background and appear under
 their final name only when they are whole, so that a process may be killed at any time.
@@ -30,8 +31,11 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+COMPRESSED = "compressed"
 _LOCK = ".lock"
 _FORMAT = 1
+_WORDS = {1: jnp.uint8, 2: jnp.uint16}
 
 
 def open_run(config: ConfigDict) -> TextIO:
@@ -142,6 +146,8 @@ class Checkpoints:
         import orbax.checkpoint as orbax
 
         self.directory = (directory / "checkpoints").absolute()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory} is a file where a folder of checkpoints should be")
         options = orbax.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             create=not read_only,
@@ -170,7 +176,8 @@ class Checkpoints:
 
         # Buffers that are donated to the next step must not be read by the thread that writes.
         arrays = jax.tree.map(jnp.copy, named(tree))
-        meta = {"format": _FORMAT, "step": step, "versions": versions(), **meta}
+        # What Orbax writes carries no checksum of the arrays: a flipped bit would be trained on.
+        meta = {"format": _FORMAT, "step": step, "versions": versions(), "digests": digests(arrays), **meta}
         try:
             self._manager.save(
                 step,
@@ -208,7 +215,7 @@ class Checkpoints:
         try:
             meta = self._manager.restore(step, args=orbax.args.Composite(meta=orbax.args.JsonRestore())).meta
         except Exception as error:
-            raise self._damaged(step, error) from error
+            raise self._damaged(step, _first_line(error)) from error
         if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
             raise CheckpointError(f"checkpoint {step} in {self.directory} was not written by this version of compax")
         return meta
@@ -232,7 +239,7 @@ class Checkpoints:
         try:
             held = self._manager.item_metadata(step).arrays.tree
         except Exception as error:
-            raise self._damaged(step, error) from error
+            raise self._damaged(step, _first_line(error)) from error
         self._compare(step, wanted, held)
         shapes = jax.tree.map(orbax.utils.to_shape_dtype_struct, wanted)
         arguments = orbax.args.PyTreeRestore(
@@ -243,7 +250,11 @@ class Checkpoints:
         try:
             found = self._manager.restore(step, args=orbax.args.Composite(arrays=arguments)).arrays
         except Exception as error:
-            raise self._damaged(step, error) from error
+            raise self._damaged(step, _first_line(error)) from error
+        expected = self.meta(step)["digests"]
+        for name, digest in digests(found).items():
+            if digest != expected.get(name):
+                raise self._damaged(step, f"{name} is not what was saved")
         return _unnamed(found, like)
 
     def _compare(self, step: int, wanted: dict[str, Any], held: dict[str, Any]) -> None:
@@ -258,9 +269,9 @@ class Checkpoints:
                     "it belongs to another model or pipeline"
                 )
 
-    def _damaged(self, step: int, error: Exception) -> CheckpointError:
+    def _damaged(self, step: int, reason: str) -> CheckpointError:
         return CheckpointError(
-            f"checkpoint {step} in {self.directory} is damaged ({_first_line(error)}); "
+            f"checkpoint {step} in {self.directory} is damaged ({reason}); "
             f"delete the folder {self.directory / str(step)} to go on from the one before"
         )
 
@@ -271,6 +282,21 @@ def named(tree: Any) -> dict[str, Any]:
     found = {jax.tree_util.keystr(path, simple=True, separator="/"): _data(leaf) for path, leaf in leaves}
     assert len(found) == len(leaves)
     return found
+
+
+def digests(arrays: dict[str, jax.Array]) -> dict[str, list[int]]:
+    """Returns two 32-bit checksums of each array's bits, computed where the array is."""
+    return {name: [int(part) for part in both] for name, both in jax.device_get(jax.tree.map(_digest, arrays)).items()}
+
+
+@jax.jit
+def _digest(array: jax.Array) -> jax.Array:
+    """Sums the bits as unsigned integers, once plainly and once weighted by place; order does not matter to either."""
+    integral = jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_
+    words = array if integral else jax.lax.bitcast_convert_type(array, _WORDS.get(array.dtype.itemsize, jnp.uint32))
+    words = words.astype(jnp.uint32).reshape(-1)
+    places = jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(2) + jnp.uint32(1)
+    return jnp.stack([words.sum(dtype=jnp.uint32), (words * places).sum(dtype=jnp.uint32)])
 
 
 def _is_key(leaf: Any) -> bool:

@@ -6,6 +6,7 @@ Whatever is wrong with a config, data, a checkpoint or a pipeline ends in one li
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import logging
 import os
@@ -123,16 +124,18 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     evaluate = command("eval", _eval, "measure loss and perplexity of a run on its evaluation text")
     _add_run(evaluate)
     _add_pipeline(evaluate)
+    _add_compressed(evaluate)
 
     generate = command("generate", _generate, "continue texts with a trained run or with a known model's weights")
     _add_run(generate)
     _add_model(generate)
     _add_pipeline(generate)
+    _add_compressed(generate)
     generate.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; may be repeated")
     generate.add_argument("--tokens", metavar="N", type=int, help="tokens to generate (default 64)")
     generate.add_argument("--temperature", metavar="T", type=float, help="softmax temperature; 0 (the default): greedy")
     generate.add_argument("--top-k", metavar="K", type=int, help="sample from the K most likely tokens; 0: from all")
-    generate.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the sampling (default 0)")
+    generate.add_argument("--seed", metavar="N", type=int, help="seed of the sampling (default 0)")
 
     inspect = command("inspect", _inspect, "print a program: its sites, its coverage, and what each pass did")
     _add_run(inspect)
@@ -165,6 +168,10 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_compressed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--compressed", action="store_true", help="take what the config's `compress` made of the run")
+
+
 def _fields_help() -> str:
     lines = ["Every field of the config can be overridden, as in --config.optimizer.learning_rate=3e-4:", ""]
     for name, field in configs.FIELDS.items():
@@ -195,6 +202,12 @@ def _no_overrides(args: argparse.Namespace) -> None:
         raise ConfigError(f"--config.{next(iter(args.overrides))} needs --config=FILE or --run=FOLDER beside it")
 
 
+def _only_model(args: argparse.Namespace) -> None:
+    _no_overrides(args)
+    if args.config or args.run:
+        raise ConfigError("give one of --model, --config and --run")
+
+
 def _train(args: argparse.Namespace, console: Console) -> int:
     config = configs.load(args.config, args.overrides)
     from compax.experiments.experiment import run
@@ -204,23 +217,25 @@ def _train(args: argparse.Namespace, console: Console) -> int:
 
 def _eval(args: argparse.Namespace, console: Console) -> int:
     config = _config_of(args)
-    from compax.experiments.compress import evaluate_run
+    from compax.experiments import runs
 
-    evaluate_run(config, args.pipeline, console)
+    runs.evaluate(config, args.pipeline, console, compressed=args.compressed)
     return 0
 
 
 def _generate(args: argparse.Namespace, console: Console) -> int:
     from compax.experiments import generate
 
-    sampling = generate.Sampling.of(args.tokens, args.temperature, args.top_k, args.seed)
+    given = {name: getattr(args, name) for name in ("tokens", "temperature", "top_k", "seed")}
+    given = {name: value for name, value in given.items() if value is not None}
+    prompts = args.prompt or []
     if args.model:
-        _no_overrides(args)
-        if args.config or args.run:
-            raise ConfigError("give one of --model, --config and --run")
-        generate.from_model(args.model, args.pipeline, args.prompt or [], sampling, console)
+        _only_model(args)
+        generate.from_model(args.model, args.pipeline, prompts, generate.Sampling(**given), console)
     else:
-        generate.from_run(_config_of(args), args.pipeline, args.prompt or [], sampling, console)
+        config = _config_of(args)
+        sampling = dataclasses.replace(generate.Sampling.of_config(config), **given)
+        generate.from_run(config, args.pipeline, prompts, sampling, console, compressed=args.compressed)
     return 0
 
 
@@ -228,8 +243,10 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     from compax.experiments import inspection
 
     if args.model:
-        _no_overrides(args)
+        _only_model(args)
         inspection.inspect_model(args.model, args.pipeline, console, abstract=args.abstract)
+    elif args.run:
+        inspection.inspect_run(_config_of(args), args.pipeline, console)
     else:
         inspection.inspect_config(_config_of(args), args.pipeline, console, abstract=args.abstract)
     return 0

@@ -165,12 +165,21 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """What training needs of the text: both parts as tokens, and the tokenizer that made them."""
+    """What training needs of the text.
+
+    Attributes:
+        train: The tokens to train on.
+        eval: The tokens kept for evaluation.
+        tokenizer: What made them.
+        nbytes: Bytes of text in both.
+        identity: A hash of the text and the tokenizer.
+    """
 
     train: Tokens
     eval: Tokens
     tokenizer: Tokenizer
     nbytes: int
+    identity: str
 
 
 def prepare(config: ConfigDict, report: Callable[[str], None] = lambda line: None) -> Corpus:
@@ -196,7 +205,7 @@ def prepare(config: ConfigDict, report: Callable[[str], None] = lambda line: Non
             f"cannot use the cache folder {cache}: {error.strerror or error}; "
             "choose another with --config.data.cache=FOLDER"
         ) from None
-    return Corpus(parts["train"], parts["eval"], tokenizer, sum(document.nbytes for document in found))
+    return Corpus(parts["train"], parts["eval"], tokenizer, sum(document.nbytes for document in found), key)
 
 
 def cache_folder(configured: str) -> pathlib.Path:

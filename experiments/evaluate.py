@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,14 +41,25 @@ class Evaluator:
     """
 
     def __init__(self, program: compax.Program, batches: Sequence[np.ndarray]):
+        self._batches = batches
+        self._loss = self._compiled(program)
+
+    @staticmethod
+    def _compiled(program: compax.Program) -> Callable[[Any, Any, np.ndarray], jax.Array]:
         def loss(params: Any, state: Any, tokens: jax.Array) -> jax.Array:
             return program.apply(params, state, {"tokens": tokens}, entry=EVAL)[0][0]
 
-        self._loss = jax.jit(loss)
-        self._batches = batches
+        return jax.jit(loss)
 
     def __call__(self, params: Any, state: Any) -> Evaluation:
-        """Returns the loss of these parameters."""
-        losses = [self._loss(params, state, tokens) for tokens in self._batches]
+        """Returns the loss of the program with other parameters and state."""
+        return self._mean(self._loss, params, state)
+
+    def of(self, program: compax.Program) -> Evaluation:
+        """Returns the loss of another program, with its own parameters and state, on the same batches."""
+        return self._mean(self._compiled(program), program.params, program.state)
+
+    def _mean(self, loss: Callable[[Any, Any, np.ndarray], jax.Array], params: Any, state: Any) -> Evaluation:
+        losses = [loss(params, state, tokens) for tokens in self._batches]
         predictions = sum(tokens.shape[0] * (tokens.shape[1] - 1) for tokens in self._batches)
         return Evaluation(float(np.mean(np.asarray(jax.device_get(losses), np.float64))), predictions)

@@ -50,7 +50,7 @@ def model_config(config: ConfigDict, vocabulary: int) -> decoder.DecoderConfig:
     return dataclasses.replace(chosen, **changes)
 
 
-def build(config: ConfigDict, vocabulary: int, *, abstract: bool = False) -> decoder.Decoder:
+def build_model(config: ConfigDict, vocabulary: int, *, abstract: bool = False) -> decoder.Decoder:
     """Builds the model of a config, with parameters drawn from its seed, or (`abstract`) with their shapes alone."""
     shape = model_config(config, vocabulary)
 
@@ -82,6 +82,12 @@ def example_batch(config: ConfigDict) -> dict[str, jax.Array]:
     return {"tokens": jax.random.randint(jax.random.key(config.seed), shape, 0, 256, jnp.int32)}
 
 
-def apply_pipeline(text: str, program: compax.Program, batch: dict[str, jax.Array]) -> compax.Program:
-    """Applies a pipeline in its text form; no text, no passes."""
-    return compax.Pipeline.parse(text)(program, batch) if text.strip() else program
+def build_program(config: ConfigDict, vocabulary: int, *, abstract: bool = False) -> compax.Program:
+    """Returns the program that a config trains: the model's loss, with the config's pipeline applied.
+
+    Raises:
+        CompaxError: The model or the pipeline is not valid.
+    """
+    program = capture(config, build_model(config, vocabulary, abstract=abstract))
+    samples = () if abstract else (example_batch(config),)
+    return compax.Pipeline.parse(config.pipeline)(program, *samples)

@@ -28,8 +28,6 @@ from compax.experiments.step import Step, make_step, start
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-TOKENIZER = "tokenizer.json"
-
 
 class DivergenceError(CompaxError):
     """The loss or the gradient is not finite, and the config says to stop."""
@@ -72,31 +70,21 @@ def train(config: ConfigDict, console: Console, preemption: Preemption) -> Train
     directory = run_directory(config)
     with checkpoint.open_run(config):
         corpus = data.prepare(config, console.say)
-        corpus.tokenizer.save(directory / TOKENIZER)
-        sequences = data.Sequences(corpus.train, config.data.sequence_length)
-        batches = data.Batches(sequences, config.data.batch_size, config.seed)
-        held = data.Sequences(corpus.eval, config.data.sequence_length)
-        eval_batches = data.evaluation_batches(held, programs.micro_batch(config), config.evaluation.batches)
+        corpus.tokenizer.save(directory / checkpoint.TOKENIZER)
         console.say(
             f"text: {amount(corpus.nbytes, 'B')} in {len(corpus.train.names)} files, {amount(len(corpus.train.ids))} "
             f"tokens for training, {amount(len(corpus.eval.ids))} for evaluation, "
             f"vocabulary {corpus.tokenizer.vocabulary}"
         )
-        program = build(config, corpus.tokenizer.vocabulary)
+        program = programs.build_program(config, corpus.tokenizer.vocabulary)
         describe(program, config, console)
-        loop = _Loop(config, console, preemption, program, batches, sequences, eval_batches)
+        loop = _Loop(config, console, preemption, program, corpus)
         loop.restore()
         evaluation = loop.run()
         if config.log.plot:
             metrics.plot(directory, console.say)
         trained = program.replace(params={**loop.frozen, **loop.state.params}, state=loop.state.state)
         return Trained(config, directory, trained, corpus, loop.evaluator, evaluation)
-
-
-def build(config: ConfigDict, vocabulary: int) -> compax.Program:
-    """Returns the program that a config trains: the model's loss with the config's pipeline applied."""
-    program = programs.capture(config, programs.build(config, vocabulary))
-    return programs.apply_pipeline(config.pipeline, program, programs.example_batch(config))
 
 
 def describe(program: compax.Program, config: ConfigDict, console: Console) -> None:
@@ -122,14 +110,16 @@ class _Loop:
         console: Console,
         preemption: Preemption,
         program: compax.Program,
-        batches: data.Batches,
-        sequences: data.Sequences,
-        eval_batches: list[np.ndarray],
+        corpus: data.Corpus,
     ):
         self.config, self.console, self.preemption = config, console, preemption
         self.directory = run_directory(config)
-        self.batches, self.sequences = batches, sequences
-        self.evaluator = Evaluator(program, eval_batches)
+        self.text = corpus.identity
+        self.sequences = data.Sequences(corpus.train, config.data.sequence_length)
+        self.batches = data.Batches(self.sequences, config.data.batch_size, config.seed)
+        held = data.Sequences(corpus.eval, config.data.sequence_length)
+        batches = data.evaluation_batches(held, programs.micro_batch(config), config.evaluation.batches)
+        self.evaluator = Evaluator(program, batches)
         self.state, self.frozen = start(config, program)
         self.step_function: Step = make_step(config, program)
         self.checkpoints = checkpoint.Checkpoints(self.directory, keep=config.checkpoint.keep)
@@ -146,6 +136,11 @@ class _Loop:
         if latest > self.config.steps:
             raise CheckpointError(
                 f"{self.directory} was trained for {latest} steps, the config says {self.config.steps}"
+            )
+        if meta.get("text") != self.text:
+            raise CheckpointError(
+                f"{self.directory} was trained on another text than there is now (another Python, or changed files): "
+                "choose another folder with --config.directory=FOLDER"
             )
         self.state = self.checkpoints.restore(latest, self.state)
         try:
@@ -258,6 +253,7 @@ class _Loop:
             "data": self.batches.state,
             "config": self.config.to_dict(),
             "pipeline": self.config.pipeline,
+            "text": self.text,
         }
         self.checkpoints.save(self.step, self.state, meta)
 

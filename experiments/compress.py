@@ -1,0 +1,145 @@
+"""Passes on a trained program, each with its price: what it matched, and what parameters, bytes and loss became."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections import Counter
+from typing import Any
+
+import jax
+
+import compax
+from compax.experiments import checkpoint, programs
+from compax.experiments.console import Console, amount
+from compax.experiments.evaluate import Evaluation, Evaluator
+from compax.instruments import Instrument, Journal, Measured
+from compax.instruments import Step as PassStep
+from compax.transform import Footprint, PassRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a pipeline did to a trained program.
+
+    Attributes:
+        program: The program that came out.
+        before: Loss of the program that went in.
+        footprint: Size of its parameters.
+        records: What each pass did, in order.
+        evaluations: Loss after each pass.
+    """
+
+    program: compax.Program
+    before: Evaluation
+    footprint: Footprint
+    records: tuple[PassRecord, ...]
+    evaluations: tuple[Evaluation, ...]
+
+    def show(self, console: Console) -> None:
+        """Prints a table with a line for each pass, and below it what the passes matched."""
+        rows = [("(trained)", "", *_size(self.footprint), *_loss(self.before), "")]
+        for record, evaluation in zip(self.records, self.evaluations, strict=True):
+            counts = [f"{record.count(s)} {s}" for s in ("rewritten", "matched", "skipped") if record.count(s)]
+            rows.append(
+                (record.text, ", ".join(counts), *_size(record.after), *_loss(evaluation), f"{record.seconds:.2f}")
+            )
+        console.table(
+            f"passes, evaluated on {self.before.tokens} tokens",
+            ("pass", "sites", "parameters", "bytes (computed)", "loss (measured)", "perplexity", "seconds (measured)"),
+            rows,
+        )
+        for record in self.records:
+            for line in _matched(record):
+                console.say(line)
+        for record, evaluation in zip(self.records, self.evaluations, strict=True):
+            ratio = record.before.nbytes / max(record.after.nbytes, 1)
+            console.say(
+                f"{record.text}: {amount(record.before.nbytes, 'B')} -> {amount(record.after.nbytes, 'B')} "
+                f"({ratio:.2f}x, computed), loss now {evaluation.loss:.4f} (measured)"
+            )
+
+    def save(self, directory: pathlib.Path, config: dict[str, Any]) -> None:
+        """Writes the report as `compress.json` and the program into the folder `compressed`.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        compax.save(self.program, directory / checkpoint.COMPRESSED, config=config, overwrite=True)
+        passes = [
+            {
+                "pass": record.text,
+                "sites": [dataclasses.asdict(site) for site in record.sites],
+                "parameters": record.after.parameters,
+                "bytes": record.after.nbytes,
+                "eval_loss": evaluation.loss,
+                "eval_perplexity": evaluation.perplexity,
+                "seconds": record.seconds,
+            }
+            for record, evaluation in zip(self.records, self.evaluations, strict=True)
+        ]
+        before = {
+            "parameters": self.footprint.parameters,
+            "bytes": self.footprint.nbytes,
+            "eval_loss": self.before.loss,
+        }
+        text = json.dumps({"before": before, "passes": passes}, indent=2) + "\n"
+        checkpoint.write_whole(directory / "compress.json", text)
+
+
+def _size(footprint: Footprint) -> tuple[str, str]:
+    return amount(footprint.parameters), amount(footprint.nbytes, "B")
+
+
+def _loss(evaluation: Evaluation) -> tuple[str, str]:
+    return f"{evaluation.loss:.4f}", f"{evaluation.perplexity:.2f}"
+
+
+def _matched(record: PassRecord) -> list[str]:
+    """Says in a line for each outcome which sites had it, grouped by kind, and why."""
+    lines = []
+    for status in ("rewritten", "matched", "skipped"):
+        found = [site for site in record.sites if site.status == status]
+        for reason in dict.fromkeys(site.reason for site in found):
+            sites = [site for site in found if site.reason == reason]
+            kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(site.kind for site in sites).items())
+            names = ", ".join(site.name for site in sites[:3]) + (", ..." if len(sites) > 3 else "")
+            lines.append(f"{record.text} {status} {kinds}: {names}{f' ({reason})' if reason else ''}")
+    return [*lines, *(f"{record.text}: {note}" for note in record.notes)]
+
+
+class _Loss(Instrument):
+    """Evaluates what every pass leaves."""
+
+    def __init__(self, evaluator: Evaluator):
+        self._evaluator = evaluator
+        self.evaluations: list[Evaluation] = []
+
+    def after(self, step: PassStep) -> Measured:
+        """Evaluates the pass's result and adds the loss to its record."""
+        evaluation = self._evaluator.of(step.result.program)
+        self.evaluations.append(evaluation)
+        return Measured({"eval_loss": evaluation.loss})
+
+
+def compress(
+    text: str, program: compax.Program, evaluator: Evaluator, batch: dict[str, jax.Array], *, seed: int = 0
+) -> Report:
+    """Applies a pipeline to a trained program and measures the loss after each of its passes.
+
+    Args:
+        text: The pipeline.
+        program: With the entries `train` and `eval`.
+        evaluator: Measures on the evaluation text.
+        batch: A sample, for calibration and for the passes' contracts.
+        seed: The passes' source of randomness.
+
+    Raises:
+        CompaxError: The pipeline is malformed, a pass failed or broke its contract.
+    """
+    pipeline = compax.Pipeline.parse(text)
+    before = evaluator.of(program)
+    loss, journal = _Loss(evaluator), Journal()
+    changed: Any = pipeline(program, batch, entry=programs.EVAL, instruments=[loss, journal], seed=seed)
+    return Report(changed, before, Footprint.of(program), tuple(journal.records), tuple(loss.evaluations))

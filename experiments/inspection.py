@@ -1,0 +1,82 @@
+"""Printing programs: `compax inspect`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from flax import nnx
+
+import compax
+from compax.analysis.coverage import coverage
+from compax.errors import ConfigError
+from compax.experiments import generate, programs, runs
+from compax.experiments.config import closest
+from compax.experiments.console import Console
+from compax.models import decoder, load_decoder
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+_TOKENS = 128
+
+
+def inspect_config(config: ConfigDict, pipeline: str, console: Console, *, abstract: bool) -> None:
+    """Prints the training program of a config.
+
+    Args:
+        config: The config; of a tokenizer that is trained, its size is taken as configured.
+        pipeline: More passes to apply.
+        console: Where to print.
+        abstract: Shapes alone, without parameters.
+
+    Raises:
+        CompaxError: The model or the pipeline is not valid.
+    """
+    vocabulary = config.tokenizer.vocabulary
+    if config.tokenizer.file:
+        vocabulary = runs.tokenizer.load(config.tokenizer.file).vocabulary
+    program = programs.build_program(config, vocabulary, abstract=abstract)
+    samples = () if abstract else (programs.example_batch(config),)
+    show(compax.Pipeline.parse(pipeline)(program, *samples), console)
+
+
+def inspect_run(config: ConfigDict, pipeline: str, console: Console) -> None:
+    """Prints the trained program of a run.
+
+    Raises:
+        CompaxError: There is no usable checkpoint, or the pipeline is not valid.
+    """
+    run = runs.restore(config)
+    console.say(f"{run.directory} at step {run.step}")
+    show(runs.transformed(run, pipeline), console)
+
+
+def inspect_model(model: str, pipeline: str, console: Console, *, abstract: bool) -> None:
+    """Prints the program of a named size of the decoder, or of weights.
+
+    Raises:
+        ConfigError: There is no such size.
+        WeightsError: The weights cannot be loaded.
+    """
+    if model in generate.KNOWN_WEIGHTS and not abstract:
+        show(generate.captured(load_decoder(generate.weights_path(model)), pipeline, model), console)
+        return
+    if model not in decoder.SIZES:
+        raise ConfigError(f"no model '{model}'{closest(model, decoder.SIZES)}")
+    shape = decoder.SIZES[model]
+
+    def make() -> decoder.Decoder:
+        return decoder.Decoder(shape, rngs=nnx.Rngs(0))
+
+    tokens = jnp.zeros((1, min(_TOKENS, shape.context_length)), jnp.int32)
+    program = compax.capture(nnx.eval_shape(make) if abstract else make(), tokens, mode="eval", name="decoder")
+    show(compax.Pipeline.parse(pipeline)(program, *(() if abstract else (tokens,))), console)
+
+
+def show(program: compax.Program, console: Console) -> None:
+    """Prints a program and its coverage, both predicted from its graph; its history is part of the print."""
+    console.say(str(program))
+    console.say("")
+    console.say("coverage (predicted from the graph)")
+    console.say(str(coverage(program)))
