@@ -1,10 +1,8 @@
-"""Checkpoints of programs: what comes back is what was saved, to the bit, or one readable error."""
+"""Checkpoints of programs: what comes back is what was saved, to the bit."""
 
 import dataclasses
-import errno
 import json
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from checkpoints import QUANTIZE, D, Network, assert_same, packed, rows
 from compax import manifest, storage
 from compax.encoding import Encoded
 from compax.errors import CheckpointError
@@ -23,54 +22,6 @@ from compax.passes.quantize import QuantizedArray
 from compax.pipeline import Pipeline
 from compax.program import Program, capture
 from compax.storage import load, save
-
-D = 16
-QUANTIZE = "quantize(at=blocks.**)"
-
-
-def rows(count: int = 4) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(0).normal(size=(count, D)), jnp.float32)
-
-
-def bits(x: Any) -> bytes:
-    data = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-    return np.asarray(data).tobytes()
-
-
-def assert_same(actual: Program, expected: Program) -> None:
-    """The same structure, dtypes and bits."""
-    assert jax.tree.structure(dict(actual.params)) == jax.tree.structure(dict(expected.params))
-    assert actual.state.keys() == expected.state.keys()
-    for left, right in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert isinstance(left, jax.Array)
-        assert (left.shape, left.dtype) == (right.shape, right.dtype)
-        assert bits(left) == bits(right)
-    assert actual.frozen == expected.frozen
-    assert list(map(str, actual.history)) == list(map(str, actual.history))
-    assert [record.pass_ for record in actual.history] == [record.pass_ for record in expected.history]
-
-
-class Block(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs, width: int = 32):
-        self.up = nnx.Linear(D, width, rngs=rngs)
-        self.down = nnx.Linear(width, D, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x + self.down(jax.nn.gelu(self.up(x)))
-
-
-class Network(nnx.Module):
-    def __init__(self, seed: int = 0, depth: int = 2, width: int = 32, dtype: Any = jnp.float32):
-        rngs = nnx.Rngs(seed)
-        self.blocks = nnx.List([Block(rngs, width) for _ in range(depth)])
-        self.norm = nnx.BatchNorm(D, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.scale = nnx.Param(jnp.ones(D, dtype))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for block in self.blocks:
-            x = block(x)
-        return self.dropout(self.norm(x)) * self.scale
 
 
 @pytest.fixture(scope="module")
@@ -213,31 +164,6 @@ def test_random_keys_come_back(tmp_path: Path, implementation: str) -> None:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Packed(Encoded):
-    """Four bits, with scales in eight."""
-
-    codes: Any
-    scale: Any
-    group: int = dataclasses.field(metadata={"static": True})
-    format = "packed"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.codes.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return jnp.dtype(jnp.float32)
-
-    def spec(self, spec: PartitionSpec) -> "Packed":
-        return Packed(spec, PartitionSpec(spec[0]), self.group)
-
-    def decode(self) -> jax.Array:
-        return self.codes.astype(jnp.float32) * self.scale.astype(jnp.float32)[:, None]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Adapted(Encoded):
     """A sum of another encoding and a product of two factors."""
 
@@ -255,12 +181,6 @@ class Adapted(Encoded):
 
     def decode(self) -> jax.Array:
         return self.base.decode() + self.factors[0] @ self.factors[1]
-
-
-def packed(shape: tuple[int, int], group: int = 8) -> Packed:
-    generator = np.random.default_rng(1)
-    codes = jnp.asarray(generator.integers(-7, 8, shape)).astype(jnp.int4)
-    return Packed(codes, jnp.asarray(generator.uniform(size=shape[0])).astype(jnp.float8_e4m3fn), group)
 
 
 def test_nested_encodings_come_back(tmp_path: Path, program: Program) -> None:
@@ -376,201 +296,6 @@ def test_other_passes_are_refused(saved: Path, program: Program, quantized: Prog
         CheckpointError, match="went through no pass, but the program that it is loaded into through 'quantize"
     ):
         load(tmp_path / "dense", quantized)
-
-
-# -- saving fails -----------------------------------------------------------------------------------------------------
-
-
-def test_an_existing_folder_is_not_overwritten_unasked(saved: Path, quantized: Program, tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    shutil.copytree(saved, target)
-    before = (target / "compax.json").read_bytes()
-    with pytest.raises(CheckpointError, match="exists; choose another folder, or say overwrite=True"):
-        save(quantized, target)
-    assert (target / "compax.json").read_bytes() == before
-    save(quantized, target, config="new", overwrite=True)
-    assert manifest.read_manifest(target).config == "new"
-    assert_same(load(target, Network(), rows(), mode="train"), quantized)
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-
-
-def test_a_foreign_folder_is_never_overwritten(quantized: Program, tmp_path: Path) -> None:
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter").write_text("1")
-    with pytest.raises(CheckpointError, match="is no checkpoint of compax, so it is not overwritten"):
-        save(quantized, tmp_path / "thesis", overwrite=True)
-    assert (tmp_path / "thesis" / "chapter").read_text() == "1"
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_save_that_fails_leaves_nothing(
-    saved: Path, quantized: Program, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
-) -> None:
-    target = tmp_path / "target"
-    if overwrite:
-        shutil.copytree(saved, target)
-
-    def fill_the_disk(directory: Path, arrays: Any) -> None:
-        directory.mkdir()
-        (directory / "half").write_bytes(b"0" * 100)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(storage, "_write", fill_the_disk)
-        with pytest.raises(
-            CheckpointError, match=r"cannot save to .*target: No space left on device; nothing was left"
-        ):
-            save(program, target, overwrite=overwrite)
-    assert [path.name for path in tmp_path.iterdir()] == (["target"] if overwrite else [])
-    if overwrite:
-        assert_same(load(target, Network(), rows(), mode="train"), quantized)
-
-
-def test_what_a_killed_process_left_is_cleared(quantized: Program, tmp_path: Path) -> None:
-    (tmp_path / ".target.partial" / "arrays").mkdir(parents=True)
-    (tmp_path / ".target.partial" / "arrays" / "half").write_text("0")
-    save(quantized, tmp_path / "target")
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-    assert_same(load(tmp_path / "target", Network(), rows(), mode="train"), quantized)
-
-
-def test_what_cannot_be_saved_is_said_before_anything_is_written(program: Program, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="config cannot be saved as JSON"):
-        save(program, tmp_path / "target", config={"dtype": jnp.float32})
-    abstract = capture(nnx.eval_shape(Network), rows(), mode="train")
-    with pytest.raises(CheckpointError, match=r"is a shape without values: initialize the program"):
-        save(abstract, tmp_path / "target")
-    params = {path: jnp.array(x, copy=True) for path, x in program.params.items()}
-    params["scale"].delete()
-    with pytest.raises(CheckpointError, match="'scale' was donated to a computation"):
-        save(program.replace(params=params), tmp_path / "target")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_cannot_be_made(program: Program, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("0")
-    with pytest.raises(CheckpointError, match=r"cannot save to .*: Not a directory"):
-        save(program, tmp_path / "file" / "target")
-
-
-# -- loading fails ----------------------------------------------------------------------------------------------------
-
-
-def fails(directory: Path, match: str, model: Any = None) -> None:
-    with pytest.raises(CheckpointError, match=match) as caught:
-        load(directory, Network() if model is None else model, rows(), mode="train")
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 1000
-
-
-def test_no_checkpoint(tmp_path: Path) -> None:
-    fails(tmp_path / "absent", "no checkpoint at .*absent: no such folder")
-    (tmp_path / "file").write_text("0")
-    fails(tmp_path / "file", "no checkpoint at .*file: it is a file")
-    (tmp_path / "folder").mkdir()
-    fails(tmp_path / "folder", r"folder is no checkpoint of compax: it holds no compax\.json")
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"null", b'"text"', b'{"format": 1}', b"\xff\xfe", b'{"format": "x"}']
-)
-def test_a_damaged_description(saved: Path, tmp_path: Path, content: bytes) -> None:
-    shutil.copytree(saved, tmp_path / "copy")
-    (tmp_path / "copy" / "compax.json").write_bytes(content)
-    fails(tmp_path / "copy", r"the checkpoint is damaged: .*compax\.json cannot be read")
-
-
-def test_a_newer_format(saved: Path, tmp_path: Path) -> None:
-    shutil.copytree(saved, tmp_path / "copy")
-    content = json.loads((saved / "compax.json").read_text()) | {"format": 2, "parameters": "otherwise"}
-    content["versions"]["compax"] = "9.9"
-    (tmp_path / "copy" / "compax.json").write_text(json.dumps(content))
-    fails(
-        tmp_path / "copy", r"has format 2, written by compax 9\.9, and this one reads format 1: install a newer compax"
-    )
-
-
-def test_a_pass_that_this_compax_does_not_have(saved: Path, tmp_path: Path) -> None:
-    shutil.copytree(saved, tmp_path / "copy")
-    content = json.loads((saved / "compax.json").read_text()) | {"pipeline": "conjure(at=blocks.**)"}
-    (tmp_path / "copy" / "compax.json").write_text(json.dumps(content))
-    fails(tmp_path / "copy", "the pipeline of .* cannot be read: .*")
-
-
-def largest(directory: Path) -> Path:
-    return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-
-
-def test_truncated_and_missing_files(saved: Path, tmp_path: Path) -> None:
-    shutil.copytree(saved, tmp_path / "copy")
-    file = largest(tmp_path / "copy" / "arrays")
-    file.write_bytes(file.read_bytes()[:-10])
-    fails(tmp_path / "copy", r"the checkpoint is damaged: .* has [\d,]+ of [\d,]+ bytes; copy it again")
-    file.unlink()
-    fails(tmp_path / "copy", "the checkpoint is damaged: .* is missing; copy it again")
-
-
-def attempt(directory: Path, model: Any) -> tuple[Program | None, str]:
-    try:
-        return load(directory, model), ""
-    except CheckpointError as error:
-        return None, str(error)
-
-
-def test_changed_bits_are_noticed(saved: Path, quantized: Program, tmp_path: Path) -> None:
-    """In arrays, where nothing but the fingerprint tells, and in every other file of the checkpoint."""
-    files = [path.relative_to(saved) for path in (saved / "arrays").rglob("*") if path.is_file()]
-    noticed = 0
-    for file in files:
-        copy = tmp_path / "copy"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(saved, copy)
-        content = bytearray((copy / file).read_bytes())
-        content[len(content) // 2] ^= 16
-        (copy / file).write_bytes(bytes(content))
-        loaded, error = attempt(copy, quantized)
-        if loaded is not None:
-            assert_same(loaded, quantized)  # a file that Orbax does not need
-        else:
-            assert "is damaged" in error
-            assert "\n" not in error
-            noticed += 1
-    assert noticed >= 2
-
-
-def test_another_model_is_told_apart(saved: Path) -> None:
-    fails(saved, r"lacks the parameter 'blocks\.2\.down\.bias'.* another depth \(its config is in", Network(depth=3))
-    fails(saved, r"has the parameter 'blocks\.1\..*', which the model does not have", Network(depth=1))
-    fails(
-        saved,
-        r"'blocks\.0\.up\.kernel:values' is int8\[16, 32\] there, and int8\[16, 48\] in the model.* another size",
-        Network(width=48),
-    )
-    fails(saved, r"'scale' is float32\[16\] there, and bfloat16\[16\] in the model", Network(dtype=jnp.bfloat16))
-
-
-def test_a_model_on_which_the_passes_find_nothing(saved: Path) -> None:
-    class Plain(nnx.Module):
-        def __init__(self) -> None:
-            self.scale = nnx.Param(jnp.ones(D))
-
-        def __call__(self, x: jax.Array) -> jax.Array:
-            return x * self.scale
-
-    fails(saved, r"went through 'quantize\(at=blocks\.\*\*\)', which does not fit the model: quantize", Plain())
-
-
-def test_another_encoding_is_told_apart(tmp_path: Path, program: Program) -> None:
-    path = "blocks.0.up.kernel"
-    encoded = program.replace(params={**program.params, path: packed((D, 32), group=8)})
-    save(encoded, tmp_path / "packed")
-    other = program.replace(params={**program.params, path: packed((D, 32), group=4)})
-    with pytest.raises(
-        CheckpointError, match=r"is Packed\(group=8\) there, and Packed\(group=4\) in the model; its passes"
-    ):
-        load(tmp_path / "packed", other)
-    with pytest.raises(CheckpointError, match=r"is Packed\(group=8\) there, and dense in the model"):
-        load(tmp_path / "packed", program)
 
 
 # -- memory and bits --------------------------------------------------------------------------------------------------
