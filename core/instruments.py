@@ -31,6 +31,8 @@ class Step:
     Attributes:
         pass_: the pass.
         before: the program that it was given.
+        program: the program that it left, with the pass in its history, so that new shapes go through it too; the given
+            one if nothing changed.
         result: what it returned.
         context: what else it was given.
         seconds: time that it took.
@@ -38,6 +40,7 @@ class Step:
 
     pass_: Pass
     before: Program
+    program: Program
     result: PassResult
     context: Context
     seconds: float
@@ -123,7 +126,7 @@ class PrintAfter(Instrument):
 
     def after(self, step: Step) -> Measured:
         if step.result.changed and (not self._names or step.pass_.name in self._names):
-            (self._file or sys.stdout).write(f"after {step.pass_}:\n{program_text(step.result.program)}\n")
+            (self._file or sys.stdout).write(f"after {step.pass_}:\n{program_text(step.program)}\n")
         return Measured()
 
 
@@ -140,7 +143,7 @@ class CostDelta(Instrument):
     def after(self, step: Step) -> Measured:
         if not step.result.changed:
             return Measured()
-        before, after = self._cost(step.before), self._cost(step.result.program)
+        before, after = self._cost(step.before), self._cost(step.program)
         return Measured({name: (before[name], after[name]) for name in before if name in after})
 
 
@@ -150,9 +153,9 @@ class Verify(Instrument):
     def after(self, step: Step) -> Measured:
         if step.result.changed:
             if not step.pass_.changes_parameters:
-                _check_store("parameter", step.before.params, step.result.program.params)
-                _check_store("state", step.before.state, step.result.program.state)
-            verify(step.result.program)
+                _check_store("parameter", step.before.params, step.program.params)
+                _check_store("state", step.before.state, step.program.state)
+            verify(step.program)
         return Measured()
 
 
@@ -200,7 +203,7 @@ class Numerics(Instrument):
             return Measured(notes=(f"outputs not compared: {self._inputs}",))
         assert self._seen is not None
         before = self._seen[2]
-        program = with_equal_draws(step.pass_, step.before, step.result.program)
+        program = with_equal_draws(step.pass_, step.before, step.program)
         after = self._observe(step.pass_, program, self._inputs)
         metrics: dict[str, Any] = dict(step.pass_.promise().check(before, after))
         if before.loss is not None and after.loss is not None:

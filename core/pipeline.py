@@ -184,18 +184,23 @@ def run_pass(pass_: Pass, program: Program, context: Context, instruments: Seque
         jax.block_until_ready(result.program.params)
         seconds = time.perf_counter() - start
         notes = _check_result(pass_, program, given, result)
-        step = Step(pass_, program, result, context, seconds)
+        record = PassRecord(
+            pass_=pass_,
+            sites=result.sites,
+            decisions=result.decisions,
+            notes=(*result.notes, *notes),
+            before=before,
+            after=Footprint.of(result.program),
+            seconds=seconds,
+        )
+        left = result.program.replace(history=(*program.history, record)) if result.changed else program
+        step = Step(pass_, program, left, result, context, seconds)
         measured = [instrument.after(step) for instrument in instruments]
     except Exception as error:
         raise _explained(error, pass_, program, context, instruments) from error
-    record = PassRecord(
-        pass_=pass_,
-        sites=result.sites,
-        decisions=result.decisions,
-        notes=(*result.notes, *notes, *(note for each in measured for note in each.notes)),
-        before=before,
-        after=Footprint.of(result.program),
-        seconds=seconds,
+    record = dataclasses.replace(
+        record,
+        notes=(*record.notes, *(note for each in measured for note in each.notes)),
         metrics={name: value for each in measured for name, value in each.metrics.items()},
     )
     for instrument in instruments:
@@ -203,7 +208,7 @@ def run_pass(pass_: Pass, program: Program, context: Context, instruments: Seque
     if not result.changed:
         _logger.warning("%s", record)
         return program
-    return result.program.replace(history=(*program.history, record))
+    return left.replace(history=(*program.history, record))
 
 
 def _contents(program: Program) -> tuple[dict[Any, Any], ...]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import compax
+from compax import ir
 from compax.capture import Captured
 from compax.contracts import Contract, Exact, Lossy, Tolerance
 from compax.program import Program
@@ -153,6 +154,26 @@ class BreakShape(Pass):
             for op in captured.graph.ops
         ]
         return dataclasses.replace(captured, graph=dataclasses.replace(captured.graph, ops=tuple(ops), imported=False))
+
+
+@register("break_graph")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BreakGraph(Pass):
+    """Broken: computes another activation function, in graphs of every shape."""
+
+    phase: ClassVar[str] = "structure"
+    contract: ClassVar[Contract] = Tolerance(1e-3)
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        graphs = self.rewrite_graphs(program, {})
+        return PassResult(program.replace(graphs=graphs), (SiteReport("tanh", "activation", "rewritten"),))
+
+    def rewrite(self, captured: Captured, decisions: Mapping[str, Any]) -> Captured:
+        def replace(op: ir.Op) -> list[ir.Op]:
+            return ir.inline(ir.trace(jnp.sin, op.inputs[0].aval), op.inputs, op.outputs)
+
+        paths = [path for path, op in ir.walk(captured.graph) if op.name == "tanh"]
+        return dataclasses.replace(captured, graph=ir.rewrite(captured.graph, dict.fromkeys(paths, replace)))
 
 
 @register("drop_parameter")

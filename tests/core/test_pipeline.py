@@ -293,6 +293,15 @@ def test_broken_passes_are_caught_by_name(
     assert says in message
 
 
+@pytest.mark.parametrize("rows", [3, 5])
+def test_inputs_of_new_shapes_go_through_the_pass_that_is_checked(
+    program: compax.Program, x: jax.Array, rows: int
+) -> None:
+    assert "break_graph(): 'output' differs" in fails(
+        ContractError, "copy | break_graph", program, jnp.resize(x, (rows, 6))
+    )
+
+
 def test_the_cause_of_a_failure_is_kept(program: compax.Program) -> None:
     with pytest.raises(PassError) as caught:
         Pipeline.parse("crash")(program)
