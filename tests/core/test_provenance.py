@@ -29,7 +29,7 @@ def derive(function: Callable[..., Any], *shapes: tuple[int, ...]) -> Origin | N
 
 
 def dims(function: Callable[..., Any], *shape: int) -> list[set[int]] | None:
-    """The parameter's dimensions in each dimension of the result; a dimension of size 1 may be named for a neighbour."""
+    """The parameter's dimensions in each dimension of the result; one of size 1 may be named for a neighbour."""
     origin = derive(function, shape)
     if origin is None:
         return None
