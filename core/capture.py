@@ -19,6 +19,8 @@ from compax import _jax, ir
 from compax.errors import CaptureError, SignatureError
 from compax.sources import Arrays, Source, function_source, join, linen_source, nnx_source, unwrap
 
+LARGE_CONSTANT_BYTES = 4096
+"""From this size on, a floating array that a plain function closes over is a parameter."""
 _OBJECTS = (nnx.Pytree, nnx.Variable)
 
 
@@ -131,7 +133,7 @@ class Captured:
         output_tree: structure of the output.
         output_leaves: for each leaf of it the graph output's position, or a static value.
         updates: state paths that the graph writes; their values follow the outputs.
-        aux: paths of values that first appear in the call; they follow the updates.
+        aux: paths and structures of values that first appear in the call; their leaves follow the updates.
         object_updates: how many variables of argument objects are returned; they come last.
     """
 
@@ -142,7 +144,7 @@ class Captured:
     output_tree: Any
     output_leaves: tuple[Any, ...]
     updates: tuple[str, ...]
-    aux: tuple[str, ...]
+    aux: tuple[tuple[str, Any], ...]
     object_updates: int
 
     def input_value(self, kind: str, path: str) -> ir.Value | None:
@@ -293,7 +295,7 @@ def _refill(variable: Any, value: Any) -> Any:
     return variable.replace(value) if isinstance(variable, nnx.Variable) else value
 
 
-def trace_entry(entry: Entry, arguments: Arguments, params: Arrays, state: Arrays) -> Captured:
+def trace_entry(entry: Entry, arguments: Arguments, params: Arrays, state: Arrays) -> tuple[Captured, Arrays]:
     """Traces one entry to a graph.
 
     Args:
@@ -302,11 +304,16 @@ def trace_entry(entry: Entry, arguments: Arguments, params: Arrays, state: Array
         params: parameters by path; their shapes and dtypes are used.
         state: likewise.
 
+    Returns:
+        The graph, and the arrays that it closes over as parameters by path.
+
     Raises:
         CaptureError: the model fails while it is traced; the model's own error is the cause.
     """
     signature = arguments.signature
     record: dict[str, Any] = {}
+
+    params = {path: params[path] for path in entry.source.select(params)}
 
     def function(flat: list[Any]) -> list[Any]:
         given = dict(zip(params, flat, strict=False))
@@ -319,7 +326,8 @@ def trace_entry(entry: Entry, arguments: Arguments, params: Arrays, state: Array
         positions = iter(range(len(arrays)))
         record["tree"] = tree
         record["leaves"] = tuple(next(positions) if _is_array(leaf) else Static(leaf) for leaf in leaves)
-        record["updates"], record["aux"] = tuple(updates), tuple(aux)
+        record["updates"] = tuple(updates)
+        record["aux"] = tuple((path, jax.tree.structure(value)) for path, value in aux.items())
         returned = []
         if signature.objects is not None:
             flat_after = list(nnx.to_flat_state(nnx.state(objects)))
@@ -333,7 +341,7 @@ def trace_entry(entry: Entry, arguments: Arguments, params: Arrays, state: Array
         record["written"] = tuple(written)
         return [jnp.asarray(a) if not isinstance(a, jax.Array) else a for a in arrays] + [
             *updates.values(),
-            *aux.values(),
+            *jax.tree.leaves(list(aux.values())),
             *returned,
             *written.values(),
         ]
@@ -356,7 +364,11 @@ def trace_entry(entry: Entry, arguments: Arguments, params: Arrays, state: Array
     graph = ir.import_jaxpr(closed)
     _refuse_writes(entry, graph, dict(zip(tags, graph.inputs, strict=True)), record["written"])
     graph = dataclasses.replace(graph, outputs=graph.outputs[: len(graph.outputs) - len(record["written"])])
-    return Captured(
+    hoisted = {}
+    if entry.source.hoists:
+        graph, hoisted = _hoist(graph)
+        tags = (*tags, *(Input("parameter", path) for path in hoisted))
+    captured = Captured(
         entry=entry,
         signature=signature,
         graph=graph,
@@ -367,6 +379,25 @@ def trace_entry(entry: Entry, arguments: Arguments, params: Arrays, state: Array
         aux=record["aux"],
         object_updates=record["returned"],
     )
+    return captured, hoisted
+
+
+def _hoist(graph: ir.Graph) -> tuple[ir.Graph, Arrays]:
+    """Large floating arrays that a function closes over, as inputs of its graph and parameters `constants.N`."""
+    large = [
+        (value, array)
+        for value, array in graph.constants
+        if jnp.issubdtype(value.dtype, jnp.floating) and array.nbytes >= LARGE_CONSTANT_BYTES
+    ]
+    if not large:
+        return graph, {}
+    moved = {value for value, _ in large}
+    graph = dataclasses.replace(
+        graph,
+        inputs=(*graph.inputs, *(value for value, _ in large)),
+        constants=tuple(item for item in graph.constants if item[0] not in moved),
+    )
+    return graph, {f"constants.{i}": jnp.asarray(array) for i, (_, array) in enumerate(large)}
 
 
 def _refuse_writes(entry: Entry, graph: ir.Graph, inputs: dict[Input, ir.Value], written: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ the format, and gradients reach the master unchanged (Bengio, Leonard, Courville
 Through Stochastic Neurons for Conditional Computation", 2013, arXiv 1308.3432).
 """
 
+import abc
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -28,7 +29,7 @@ Slices = tuple[tuple[int, int, int], ...]
 """(start, limit, stride) for each dimension."""
 
 
-class Encoded:
+class Encoded(abc.ABC):
     """Base of all encodings. Subclasses are pytrees (`jax.tree_util.register_dataclass`).
 
     Attributes:
@@ -38,23 +39,23 @@ class Encoded:
     format: ClassVar[str] = "encoded"
 
     @property
+    @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Shape of the array that this stands for."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def dtype(self) -> Any:
         """Dtype of the array that this stands for."""
-        raise NotImplementedError
 
     @property
     def trainable(self) -> bool:
         """Whether gradients reach the leaves."""
         return False
 
+    @abc.abstractmethod
     def decode(self) -> jax.Array:
         """The dense array."""
-        raise NotImplementedError
 
     def prepared(self) -> "Encoded":
         """The encoding as a program runs with it.
@@ -63,21 +64,21 @@ class Encoded:
         """
         return self
 
+    @abc.abstractmethod
     def spec(self, spec: PartitionSpec) -> "Encoded":
         """The same pytree with a `PartitionSpec` in place of each leaf, for a parameter sharded by `spec`.
 
         Raises:
             EncodingError: the leaves cannot be sharded so; says why.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def manual(self, spec: PartitionSpec) -> "Encoded":
         """Notes over which manual mesh axes each dimension is split, inside `shard_map`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def stacked(self, length: int) -> "Encoded":
         """An equal encoding of which every leaf leads with `length`, so that a scan can slice it."""
-        raise NotImplementedError
 
     @property
     def ndim(self) -> int:

@@ -107,7 +107,9 @@ class Program:
         leaves = [leaf.value if isinstance(leaf, Static) else flat[leaf] for leaf in captured.output_leaves]
         rest = iter(flat[count:])
         updates = {path: next(rest) for path in captured.updates}
-        aux = {path: next(rest) for path in captured.aux}
+        aux = {
+            path: jax.tree.unflatten(tree, [next(rest) for _ in range(tree.num_leaves)]) for path, tree in captured.aux
+        }
         if arguments.objects:
             capturing.update_objects(arguments.objects, list(rest))
         return jax.tree.unflatten(captured.output_tree, leaves), updates, aux
@@ -160,7 +162,15 @@ class Program:
         return found
 
     def _trace(self, entry: Entry, arguments: capturing.Arguments) -> Captured:
-        return capturing.trace_entry(entry, arguments, dict(map(_logical, self.params.items())), self.state)
+        captured, closed_over = capturing.trace_entry(
+            entry, arguments, dict(map(_logical, self.params.items())), self.state
+        )
+        if unknown := closed_over.keys() - self.params.keys():
+            raise CaptureError(
+                f"with these inputs the function closes over another array than before ({min(unknown)}); pass it among "
+                "the parameters"
+            )
+        return captured
 
     def _replay(self, captured: Captured) -> Captured:
         for record in self.history:
@@ -372,7 +382,8 @@ def capture(
     )
     chosen = Entry(entry, source, mode, tuple(constant), tuple(static))
     arguments = capturing.take_apart(chosen, rest, kwargs)
-    captured = capturing.trace_entry(chosen, arguments, params, state)
+    captured, closed_over = capturing.trace_entry(chosen, arguments, params, state)
+    params = {**params, **closed_over}
     title = name or getattr(model, "__name__", None) or type(model).__name__
     return Program(
         params=params,

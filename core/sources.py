@@ -4,10 +4,11 @@ A `Source` turns parameters and state, as flat dictionaries, and the call's argu
 changed, and values that first appear during the call (`aux`). It keeps the model's structure, never its arrays.
 """
 
+import abc
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -16,8 +17,8 @@ from flax import nnx, traverse_util
 from compax.errors import CaptureError
 
 Arrays = dict[str, Any]
-CallResult = tuple[Any, Arrays, Arrays]
-"""Output, changed state by path, values that first appear in the call by path."""
+CallResult = tuple[Any, Arrays, dict[str, Any]]
+"""Output, changed state by path, pytrees that first appear in the call by path."""
 
 
 def join(path: Sequence[Any]) -> str:
@@ -31,7 +32,7 @@ def unwrap(x: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Source:
+class Source(abc.ABC):
     """Base of the three kinds.
 
     Attributes:
@@ -39,14 +40,20 @@ class Source:
     """
 
     arguments: tuple[str, ...]
+    hoists: ClassVar[bool] = False
+    """Whether large arrays that the model closes over are parameters too."""
 
+    def select(self, params: Arrays) -> Sequence[str]:
+        """Which of a program's parameters the call takes."""
+        return list(params)
+
+    @abc.abstractmethod
     def call(self, params: Arrays, state: Arrays, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallResult:
         """Runs the model once, purely; a parameter that the model assigns again is among the changes."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def variant(self, *, method: Any, mode: str | None, loss: Callable[..., Any] | None, mutable: Any) -> "Source":
         """The same model, called in another way."""
-        raise NotImplementedError
 
 
 def argument_names(function: Callable[..., Any], skip: int) -> tuple[str, ...]:
@@ -59,9 +66,14 @@ def argument_names(function: Callable[..., Any], skip: int) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind in positional)[skip:]
 
 
-def collect(state: Any) -> dict[str, Any]:
-    """The leaves of an NNX state by joined path, variables kept."""
-    return {join(path): leaf for path, leaf in nnx.to_flat_state(state)}
+def leaves(flat: Iterable[tuple[Sequence[Any], Any]]) -> Arrays:
+    """The arrays of a flat NNX state by joined path; a variable that holds a pytree gives one for each leaf."""
+    result = {}
+    for path, variable in flat:
+        for inner, leaf in jax.tree_util.tree_flatten_with_path(unwrap(variable))[0]:
+            suffix = jax.tree_util.keystr(inner, simple=True, separator=".")
+            result[join((*path, suffix) if suffix else path)] = leaf
+    return result
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,14 +88,13 @@ class NnxSource(Source):
 
     def restore(self, params: Arrays, state: Arrays) -> nnx.Module:
         """The module with given arrays: a copy that shares nothing with any other."""
-        flat = [(path, _fill(template, params[join(path)])) for path, template in self.params]
-        rest = [(path, _fill(template, state[join(path)])) for path, template in self.rest]
+        flat = [(path, _fill(path, template, params)) for path, template in self.params]
+        rest = [(path, _fill(path, template, state)) for path, template in self.rest]
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat), nnx.from_flat_state(rest), copy=True)
 
     def variant(self, *, method: Any, mode: str | None, loss: Callable[..., Any] | None, mutable: Any) -> "NnxSource":
-        params = {join(path): unwrap(variable) for path, variable in self.params}
-        state = {join(path): unwrap(variable) for path, variable in self.rest}
-        return nnx_source(self.restore(params, state), method=method, mode=mode, loss=loss)[0]
+        model = self.restore(leaves(self.params), leaves(self.rest))
+        return nnx_source(model, method=method, mode=mode, loss=loss)[0]
 
     def call(self, params: Arrays, state: Arrays, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallResult:
         model = self.restore(params, state)
@@ -91,26 +102,28 @@ class NnxSource(Source):
             output = self.loss(model, *args, **kwargs)
         else:
             output = getattr(model, self.method or "__call__")(*args, **kwargs)
-        updates, aux = {}, {}
-        for path, variable in collect(nnx.state(model)).items():
-            value = unwrap(variable)
-            before = params.get(path, state.get(path))
-            if before is None:
-                aux[path] = value
-            elif value is not before:
-                updates[path] = value
-        return output, updates, aux
+        known = {path for path, _ in (*self.params, *self.rest)}
+        after = list(nnx.to_flat_state(nnx.state(model)))
+        aux = {join(path): unwrap(variable) for path, variable in after if path not in known}
+        held = leaves(item for item in after if item[0] in known)
+        before = {**params, **state}
+        if held.keys() != before.keys():
+            changed = sorted(held.keys() ^ before.keys())
+            raise CaptureError(f"the call changes the structure of the variable that holds '{changed[0]}'")
+        return output, {path: x for path, x in held.items() if x is not before[path]}, aux
 
 
-def _fill(template: Any, value: Any) -> Any:
+def _fill(path: Sequence[Any], template: Any, arrays: Arrays) -> Any:
+    value = jax.tree.unflatten(
+        jax.tree.structure(unwrap(template)), [arrays[name] for name in leaves([(path, template)])]
+    )
     return template.replace(value) if isinstance(template, nnx.Variable) else value
 
 
 def _shape(variable: Any) -> Any:
-    """A variable, or a bare array, with its array replaced by its shape, so that a source holds no memory."""
-    value = unwrap(variable)
-    struct = jax.ShapeDtypeStruct(value.shape, value.dtype)
-    return variable.replace(struct) if isinstance(variable, nnx.Variable) else struct
+    """A variable, or a bare array, with arrays replaced by their shapes, so that a source holds no memory."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), unwrap(variable))
+    return variable.replace(shapes) if isinstance(variable, nnx.Variable) else shapes
 
 
 def nnx_source(
@@ -121,6 +134,8 @@ def nnx_source(
     Raises:
         CaptureError: the mode is unknown or the method is missing.
     """
+    # Variables may be references or JAX types of their own; a copy with plain ones is what can be taken apart.
+    model = nnx.with_vars(model, hijax=False, ref=False)
     if mode is not None:
         model = nnx.merge(*nnx.split(model), copy=True)
         if mode == "train":
@@ -142,11 +157,7 @@ def nnx_source(
         method=method,
         loss=loss,
     )
-    return (
-        source,
-        {join(path): unwrap(v) for path, v in flat_params},
-        {join(path): unwrap(v) for path, v in flat_rest},
-    )
+    return source, leaves(flat_params), leaves(flat_rest)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,12 +188,13 @@ class LinenSource(Source):
         if self.mutable is False:
             return result, {}, {}
         output, changed = result
-        updates, aux = {}, {}
-        for path, value in traverse_util.flatten_dict(dict(changed)).items():
-            if path[0] == "params":
-                continue
-            (updates if join(path) in state else aux)[join(path)] = value
-        return output, {k: v for k, v in updates.items() if v is not state[k]}, aux
+        flat = {
+            join(path): value
+            for path, value in traverse_util.flatten_dict(dict(changed)).items()
+            if path[0] != "params"
+        }
+        updates = {path: value for path, value in flat.items() if path in state and value is not state[path]}
+        return output, updates, {path: value for path, value in flat.items() if path not in state}
 
 
 def linen_source(
@@ -234,6 +246,10 @@ class FunctionSource(Source):
     function: Callable[..., Any]
     paths: tuple[str, ...]
     tree: Any
+    hoists: ClassVar[bool] = True
+
+    def select(self, params: Arrays) -> Sequence[str]:
+        return self.paths
 
     def variant(
         self, *, method: Any, mode: str | None, loss: Callable[..., Any] | None, mutable: Any

@@ -1,5 +1,6 @@
 """Encodings of int8 quantization: stored, and simulated for training."""
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
@@ -196,8 +197,9 @@ class ScaledArray(Encoded):
         scale = jax.lax.gather(self.scale, indices, slice_sizes=scale_sizes, mode=mode, fill_value=fill, **options)
         return self._unpack(values, scale)
 
+    @abc.abstractmethod
     def _unpack(self, values: Any, scale: Any) -> jax.Array:
-        raise NotImplementedError
+        """The dense array of values and scales that fit each other."""
 
     def decode(self) -> jax.Array:
         dense = self._unpack(self.values, self.scale)
@@ -262,6 +264,12 @@ class SimulatedArray(Encoded):
 
     def spec(self, spec: PartitionSpec) -> "SimulatedArray":
         return dataclasses.replace(self, master=spec)
+
+    def manual(self, spec: PartitionSpec) -> SeenArray:
+        return self.prepared().manual(spec)
+
+    def stacked(self, length: int) -> SeenArray:
+        return self.prepared().stacked(length)
 
 
 for _cls in (QuantizedArray, SeenArray):
