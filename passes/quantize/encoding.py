@@ -28,6 +28,7 @@ class ScaledArray(Encoded):
         axes: inside `shard_map`, the mesh axes that split each dimension, aligned with the last one.
         order: a transposition that is not carried out yet: which dimension of the leaves each dimension is. Products
             read the leaves as they lie; anything else settles it first.
+        through: the narrowest dtype that casts have led through, where `logical_dtype` is wider again.
     """
 
     values: Any
@@ -35,6 +36,7 @@ class ScaledArray(Encoded):
     logical_dtype: Any
     axes: Axes = ()
     order: tuple[int, ...] = ()
+    through: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -101,7 +103,10 @@ class ScaledArray(Encoded):
     def astype(self, dtype: Any) -> Self | None:
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
-        return dataclasses.replace(self, logical_dtype=jnp.dtype(dtype))
+        new, old = jnp.dtype(dtype), jnp.dtype(self.logical_dtype)
+        narrowest = self.through if self.through is not None else old
+        widens = jnp.finfo(new).nmant > jnp.finfo(narrowest).nmant
+        return dataclasses.replace(self, logical_dtype=new, through=narrowest if widens else None)
 
     def transpose(self, permutation: Sequence[int]) -> Self:
         order = tuple(self.order[dim] for dim in permutation) if self.order else tuple(permutation)
@@ -161,7 +166,10 @@ class ScaledArray(Encoded):
 
     def concatenate(self, others: Sequence[Any], dimension: int) -> Self | None:
         parts = [p.settled() if isinstance(p, ScaledArray) else p for p in (self, *others)]
-        if any(type(p) is not type(self) or p.dtype != self.dtype or p.axes != self.axes for p in parts):
+        if any(
+            type(p) is not type(self) or (p.dtype, p.through, p.axes) != (self.dtype, self.through, self.axes)
+            for p in parts
+        ):
             return None
         scales = []
         full = [any(not p._shared(dim) for p in parts) for dim in range(self.ndim)]
@@ -195,7 +203,7 @@ class ScaledArray(Encoded):
         values = jax.lax.gather(self.values, indices, slice_sizes=sizes, mode=value_mode, **options)
         # Out-of-range rows are NaN: int8 has no NaN, the scale has.
         scale = jax.lax.gather(self.scale, indices, slice_sizes=scale_sizes, mode=mode, fill_value=fill, **options)
-        return self._unpack(values, scale)
+        return dataclasses.replace(self, values=values, scale=scale, axes=()).decode()
 
     @abc.abstractmethod
     def _unpack(self, values: Any, scale: Any) -> jax.Array:
@@ -203,6 +211,8 @@ class ScaledArray(Encoded):
 
     def decode(self) -> jax.Array:
         dense = self._unpack(self.values, self.scale)
+        if self.through is not None:
+            dense = dense.astype(self.through).astype(self.logical_dtype)
         return jnp.transpose(dense, self.order) if self.order else dense
 
 
@@ -263,6 +273,8 @@ class SimulatedArray(Encoded):
         return self.prepared().decode()
 
     def spec(self, spec: PartitionSpec) -> "SimulatedArray":
+        if len(spec) > len(self.shape):
+            raise EncodingError(f"{spec} names {len(spec)} dimensions, but the parameter has {len(self.shape)}")
         return dataclasses.replace(self, master=spec)
 
     def manual(self, spec: PartitionSpec) -> SeenArray:
@@ -274,7 +286,7 @@ class SimulatedArray(Encoded):
 
 for _cls in (QuantizedArray, SeenArray):
     jax.tree_util.register_dataclass(
-        _cls, data_fields=["values", "scale"], meta_fields=["logical_dtype", "axes", "order"]
+        _cls, data_fields=["values", "scale"], meta_fields=["logical_dtype", "axes", "order", "through"]
     )
 jax.tree_util.register_dataclass(SimulatedArray, data_fields=["master"], meta_fields=["reduced"])
 
