@@ -165,7 +165,8 @@ def retyped(
     equation: Equation, parameters: dict[str, Any], inputs: Sequence[AbstractValue], outputs: Sequence[AbstractValue]
 ) -> Equation:
     """A recorded equation with other parameters and types, under the settings under which it was recorded."""
-    return equation.replace(invars=list(map(_core.Var, inputs)), outvars=list(map(_core.Var, outputs)), params=parameters)
+    invars, outvars = list(map(_core.Var, inputs)), list(map(_core.Var, outputs))
+    return equation.replace(invars=invars, outvars=outvars, params=parameters)
 
 
 def conversion(beside: Equation, aval: AbstractValue, dtype: Any) -> Equation:

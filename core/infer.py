@@ -1,10 +1,11 @@
 """Re-inference: a graph in other dtypes.
 
-An imported graph is fixed in its dtypes, and a value that takes another one changes everything after it. `reinfer` walks
-the graph in order, bodies included, and gives each operation operands of one dtype, which a policy chooses. Operations
-in the table of `compax.infer_rules` then compute in that dtype, with constants and dtype parameters changed to fit;
-carried values of loops and results of branches are brought to one dtype; everything else gets its operands in the dtypes
-that JAX recorded, by conversions that are counted. Outputs keep their dtypes, so callers, state and caches see no change.
+An imported graph is fixed in its dtypes, and a value that takes another one changes everything after it. `reinfer`
+walks the graph in order, bodies included, and gives each operation operands of one dtype, which a policy chooses.
+Operations in the table of `compax.infer_rules` then compute in that dtype, with constants and dtype parameters changed
+to fit; carried values of loops and results of branches are brought to one dtype; everything else gets its operands in
+the dtypes that JAX recorded, by conversions that are counted. Outputs keep their dtypes, so callers, state and caches
+see no change.
 """
 
 import collections
@@ -68,9 +69,9 @@ class Place:
 class Policy:
     """Chooses the dtype in which each operation computes. This one does what JAX does: operands are promoted.
 
-    A tag is whatever a policy wants to remember of a value; here, whether it is weak: made of literals alone, which take
-    the dtype of what they meet. Choices have to depend on operations, tags and paths alone, so that equal bodies in
-    equal circumstances stay one body.
+    A tag is whatever a policy wants to remember of a value; here, whether it is weak: made of literals alone, which
+    take the dtype of what they meet. Choices have to depend on operations, tags and paths alone, so that equal bodies
+    in equal circumstances stay one body.
     """
 
     def source(self, dtype: Any) -> Hashable:
@@ -157,14 +158,15 @@ def reinfer(
     for value, dtype in changes.items():
         if value not in graph.inputs or not retypable(value.dtype) or not retypable(dtype):
             raise InferenceError(
-                f"{_jax.aval_text(value.aval)} cannot become {_jax.dtype_text(dtype)}: only floating inputs of the graph, "
-                "of 16 bits or more, change their dtype; convert where the value is used instead"
+                f"{_jax.aval_text(value.aval)} cannot become {_jax.dtype_text(dtype)}: only floating inputs of the "
+                "graph, of 16 bits or more, change their dtype; convert where the value is used instead"
             )
     engine = _Engine(policy)
     kinds = []
     for value in graph.inputs:
         dtype = changes.get(value, value.dtype)
-        kinds.append(Kind(dtype, tags[value] if value in tags else policy.source(dtype)))
+        tag = tags[value] if value in tags else policy.source(dtype)
+        kinds.append(Kind(dtype, tag if retypable(dtype) else None))
     wanted = [x.dtype for x in graph.outputs]
     new, _ = engine.graph(graph, kinds, (), wanted, None)
     return Reinferred(new, dict(engine.fallbacks))
@@ -224,7 +226,7 @@ class _Frame:
         for old, new, kind in zip(graph.inputs, values, inputs, strict=True):
             self.env[old] = Typed(new, kind.tag)
         for value, _ in graph.constants:
-            self.env[value] = Typed(value, self.policy.source(value.dtype))
+            self.env[value] = Typed(value, self.policy.source(value.dtype) if retypable(value.dtype) else None)
         for position, op in enumerate(graph.ops):
             self.operation(op, position)
         results = [self.read(x) for x in graph.outputs]
@@ -241,15 +243,20 @@ class _Frame:
         return Graph(tuple(values), tuple(self.ops), tuple(outputs), graph.constants), kinds
 
     def read(self, x: Operand) -> Typed:
-        return Typed(x, self.policy.literal(x)) if isinstance(x, Literal) else self.env[x]
+        if isinstance(x, Literal):
+            return Typed(x, self.policy.literal(x) if retypable(x.dtype) else None)
+        return self.env[x]
 
     def operation(self, op: Op, position: int) -> None:
         operands = [self.read(x) for x in op.inputs]
-        if op.name in _BODIES or (op.equation is None and len(op.bodies) == 1):
-            handler = _BODIES.get(op.name, _Frame.call)
-            handler(self, op, operands, (*self.path, (position, 0)))
+        self.beside = op.equation or self.beside
+        if op.equation is None and op.bodies:
+            self.ours(op, operands, (*self.path, (position, 0)))
+        elif op.name in _BODIES:
+            _BODIES[op.name](self, op, operands, (*self.path, (position, 0)))
         elif not any(retypable(x.operand.dtype) for x in operands):
-            self.emit(op, [x.operand for x in operands], [self.policy.source(x.dtype) for x in op.outputs])
+            tags = [self.policy.source(x.dtype) if retypable(x.dtype) else None for x in op.outputs]
+            self.emit(op, [x.operand for x in operands], tags)
         elif op.name in OPERANDWISE and op.equation is not None:
             kept = [x.operand for x in operands]
             outputs = [self.retype(v, x.dtype) for v, x in zip(op.outputs, kept, strict=True)]
@@ -309,8 +316,21 @@ class _Frame:
 
     # -- operations with bodies ---------------------------------------------------------------------------------------
 
+    def ours(self, op: Op, operands: list[Typed], step: Path) -> None:
+        """An operation of ours follows the body that defines it, which keeps its form: conversions stay outside."""
+        inner = op.bodies[0]
+        body, _ = self.body(op, 0, [x.kind for x in operands], step, [None] * len(inner.outputs))
+        readers = body.users()
+        for index, value in enumerate(body.inputs):
+            users = readers.get(value, ())
+            targets = {user.outputs[0].dtype for user in users if user.name == "convert_element_type"}
+            if len(targets) == 1 and all(user.name == "convert_element_type" for user in users):
+                x = operands[index]
+                operands[index] = Typed(self.convert(x, targets.pop()), x.tag)
+        self.call(op, operands, step)
+
     def call(self, op: Op, operands: list[Typed], step: Path) -> None:
-        """`jit`, `remat`, `shard_map`, and operations of ours, which follow the body that defines them."""
+        """`jit`, `remat`, `shard_map`: one body with the operation's operands and results."""
         entered = [self.enter(x, self.policy.passed) for x in operands]
         body, results = self.body(op, 0, [x.kind for x in entered], step, [None] * len(op.outputs))
         outputs = [self.retype(v, k.dtype) for v, k in zip(op.outputs, results, strict=True)]
@@ -442,7 +462,7 @@ class _Frame:
         """Appends an operation with other operands, outputs and parameters; the very same one if nothing differs."""
         outputs = op.outputs if outputs is None else outputs
         for old, new, tag in zip(op.outputs, outputs, tags, strict=True):
-            self.env[old] = Typed(new, tag)
+            self.env[old] = Typed(new, tag if retypable(new.dtype) else None)
         types = [*zip(inputs, op.inputs, strict=True), *zip(outputs, op.outputs, strict=True)]
         if parameters or any(new.dtype != old.dtype for new, old in types):
             op = self.rebound(op, inputs, outputs, parameters or {})

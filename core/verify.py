@@ -6,8 +6,8 @@ them, with the encodings that the program has, and each operation's outputs are 
 
 An operation that is bound as JAX recorded it, on operands of the shapes and dtypes that it was recorded with, declares
 what JAX itself inferred: evaluating it again could only repeat that. So it is enough to establish that this is the case
-(the equation is the recorded one, its bodies are wired as recorded, the types around it are unchanged), and a graph of
-which this holds throughout, with no encoded input, is not evaluated.
+(equations and values are connected as JAX connected them, bodies included, and the types are those of then), and a
+graph of which this holds throughout, with no encoded input, is not evaluated.
 """
 
 import contextlib
@@ -104,17 +104,28 @@ class _Structure:
         self._graph(captured, graph, ())
 
     def recorded(self, graph: Graph) -> bool:
-        """Whether every operation is what JAX recorded, on operands of the types that it was recorded with."""
+        """Whether every operation is what JAX recorded, wired as recorded, between values of the recorded types."""
         if id(graph) not in self._recorded:
-            self._recorded[id(graph)] = (graph, all(map(self._as_recorded, graph.ops)))
+            variables: dict[Value, Any] = {}
+            known = all(self._as_recorded(op, variables) for op in graph.ops)
+            self._recorded[id(graph)] = (graph, known and len(set(variables.values())) == len(variables))
         return self._recorded[id(graph)][1]
 
     @staticmethod
-    def _as_recorded(op: Op) -> bool:
+    def _as_recorded(op: Op, variables: dict[Value, Any]) -> bool:
+        """Whether an operation is as recorded, given the variables that JAX called values by; adds those it meets.
+
+        An equation that a pass made, or took from elsewhere, calls values by other names than its neighbours do.
+        """
         if op.equation is None or not op.imported:
             return False
-        inside = all(map(_jax.same_type, _avals(op.inputs), _avals(op.equation.invars)))
-        return inside and all(map(_jax.same_type, _avals(op.outputs), _avals(op.equation.outvars)))
+        values = (*op.inputs, *op.outputs)
+        for x, atom in zip(values, (*op.equation.invars, *op.equation.outvars), strict=True):
+            if not _jax.same_type(x.aval, atom.aval) or isinstance(x, Literal) != _jax.is_literal(atom):
+                return False
+            if isinstance(x, Value) and variables.setdefault(x, atom) is not atom:
+                return False
+        return True
 
     def _graph(self, captured: Captured, graph: Graph, stack: tuple[Op, ...]) -> None:
         if id(graph) in self._checked:
@@ -188,10 +199,6 @@ class _Structure:
                     "no effect; build changed graphs with imported=False, as compax.ir.rewrite does",
                 )
             self._faithful[key] = (body, jaxpr)
-
-
-def _avals(atoms: Sequence[Any]) -> list[Any]:
-    return [x.aval for x in atoms]
 
 
 def _same_wiring(body: Graph, jaxpr: Any) -> bool:

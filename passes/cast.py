@@ -12,9 +12,8 @@ import numpy as np
 from compax import ir, selectors
 from compax.capture import Captured
 from compax.contracts import Contract, Lossy
-from compax.errors import PipelineError, SelectorError
 from compax.infer import Kind, Place, Policy, Reinferred, reinfer
-from compax.infer_rules import OPERANDWISE, POLYMORPHIC, floating, retypable, why_not, widest
+from compax.infer_rules import POLYMORPHIC, floating, retypable, why_not, widest
 from compax.program import Program
 from compax.raising import Site, find_sites
 from compax.selectors import Selector
@@ -25,28 +24,23 @@ __all__ = ["Cast"]
 PRODUCTS = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated"})
 """What the arithmetic units of every accelerator do in 16 bits, accumulating in 32."""
 
-STATISTICS = frozenset(
-    """
-    cumlogsumexp cumprod cumsum reduce_prod reduce_sum reduce_window_sum scatter-add scatter-mul scatter-sub
-    """.split()
-)
+_SUMS = "cumlogsumexp cumprod cumsum reduce_prod reduce_sum reduce_window_sum scatter-add scatter-mul scatter-sub"
+SUMS = frozenset(_SUMS.split())
 """Sums of many terms: computed in float32. Maxima and minima are not among them: they are exact in any dtype."""
 
-SENSITIVE = frozenset(
-    """
+_SENSITIVE = """
     acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cos cosh digamma erf_inv exp exp2 expm1 igamma
     igammac lgamma log log1p pow rsqrt sin sinh sqrt tan
-    """.split()
-)
+"""
+SENSITIVE = frozenset(_SENSITIVE.split())
 """Functions that amplify rounding of their argument, or whose range 16 bits do not hold: computed in float32."""
 
-MOVING = frozenset(
-    """
+_MOVING = """
     all_gather all_gather_invariant all_to_all concatenate dynamic_slice dynamic_update_slice gather pad ppermute rev
     scatter slice split stack tile transpose unstack
-    """.split()
-)
-"""Operations that write their result to memory: they move 16 bits even where a float32 operation reads it."""
+"""
+MOVING = frozenset(_MOVING.split())
+"""Operations that write their result to memory: they move 16 bits even where only float32 operations read it."""
 
 BOUNDS: Mapping[str, float] = {"bfloat16": 0.1, "float16": 0.02, "float32": 0.1}
 """Relative output errors; the unit roundoff of bfloat16 is 2**-9, of float16 2**-11, and a model rounds many times."""
@@ -104,9 +98,9 @@ class MixedPrecision(Policy):
         recorded_narrow = all(self._is_narrow(op.inputs[index].dtype) for index in floating(op.inputs))
         if op.name == "convert_element_type":
             return self._conversion(op, operands, place, recorded_narrow)
-        if recorded_narrow or op.name not in STATISTICS | SENSITIVE:
+        if recorded_narrow or op.name not in SUMS | SENSITIVE:
             return self._meet(operands, demanded=op.outputs[0] in self._demand(place))
-        if op.name in STATISTICS and not op.name.startswith(("cum", "scatter")):
+        if op.name in SUMS and not op.name.startswith(("cum", "scatter")):
             return Kind(self._wide(operands), Tag.STATISTIC)
         strong = tags - {Tag.WEAK}
         if strong <= {Tag.STATISTIC, Tag.KEPT}:
@@ -135,7 +129,8 @@ class MixedPrecision(Policy):
             return Kind(None, Tag.KEPT)
         if Tag.CARRIED in strong:
             return Kind(self._wide(operands), Tag.CARRIED)
-        if strong == {Tag.NARROW} and not demanded or strong == {Tag.NARROW, Tag.WIDE} and self.narrow_streams:
+        narrow = strong == {Tag.NARROW} or (strong == {Tag.NARROW, Tag.WIDE} and self.narrow_streams)
+        if narrow and not demanded:
             return Kind(self.compute, Tag.NARROW)
         return Kind(self._wide(operands), Tag.STATISTIC if strong <= {Tag.STATISTIC, Tag.KEPT} else Tag.WIDE)
 
@@ -159,7 +154,8 @@ class MixedPrecision(Policy):
     def carried_on(self, before: Kind, after: Kind) -> Kind:
         if before.tag is Tag.CARRIED or before.tag == after.tag:
             return before
-        if before.tag is Tag.NARROW and (after.tag is Tag.WEAK or after.tag is Tag.WIDE and self.narrow_streams):
+        rounded = {Tag.WEAK, Tag.WIDE} if self.narrow_streams else {Tag.WEAK}
+        if before.tag is Tag.NARROW and after.tag in rounded:
             return before
         return Kind(self._wide((before,)), Tag.CARRIED)
 
@@ -173,7 +169,8 @@ class MixedPrecision(Policy):
 
     def _is_kept(self, path: ir.Path) -> bool:
         """Whether a path is kept, or that of the operation of ours whose body it is in."""
-        return path in self.kept or len(path) > 1 and (*path[:-2], (path[-2][0], -1)) in self.kept
+        around = (*path[:-2], (path[-2][0], -1)) if len(path) > 1 else path
+        return path in self.kept or around in self.kept
 
     def _is_narrow(self, dtype: Any) -> bool:
         return retypable(dtype) and jnp.dtype(dtype).itemsize <= self.compute.itemsize
@@ -202,10 +199,10 @@ def demanded(graph: ir.Graph, *, outermost: bool) -> frozenset[ir.Value]:
         if wanted:
             found.update(op.outputs)
         to_integer = op.name == "convert_element_type" and not retypable(op.outputs[0].dtype)
-        follows = op.name in POLYMORPHIC and op.name not in PRODUCTS | MOVING or op.name == "convert_element_type"
+        follows = op.name in {"convert_element_type", *POLYMORPHIC} - PRODUCTS - MOVING
         for x in op.inputs:
             if isinstance(x, ir.Value):
-                readers[x].append(to_integer or op.name in STATISTICS | SENSITIVE or (follows and wanted))
+                readers[x].append(to_integer or op.name in SUMS | SENSITIVE or (follows and wanted))
     return frozenset(found)
 
 
@@ -244,7 +241,7 @@ class Cast(Pass):
     are float32. Which operation computes in what:
 
     1. Products with or of activations (`PRODUCTS`): the compute dtype. Their backward products are then in it as well.
-    2. Sums (`STATISTICS`) and sensitive functions (`SENSITIVE`): float32. That is every mean and variance, softmax,
+    2. Sums (`SUMS`) and sensitive functions (`SENSITIVE`): float32. That is every mean and variance, softmax,
        logsumexp, and the loss.
     3. Elementwise and layout operations follow what they get. A parameter or literal takes the dtype of what it meets,
        unless it would overflow or vanish in it. Statistics, and what no parameter reaches (rotary angles, inputs), make
