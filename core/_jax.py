@@ -47,7 +47,7 @@ def abstract(x: Any) -> AbstractValue:
     """The abstract value of an array, scalar, tracer or shape."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return _core.ShapedArray(x.shape, x.dtype, weak_type=bool(getattr(x, "weak_type", False)))
-    return _core.typeof(x) if hasattr(_core, "typeof") else _core.get_aval(x)
+    return jax.typeof(x)
 
 
 def is_literal(atom: Any) -> bool:

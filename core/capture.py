@@ -223,7 +223,7 @@ def take_apart(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         definition, state = nnx.split(tuple(objects))
         for path, variable in nnx.to_flat_state(state):
             arrays.append(unwrap(variable))
-            array_names.append(join((object_names[int(path[0])], *path[1:])))
+            array_names.append(join((object_names[int(str(path[0]))], *path[1:])))
     signature = Signature(
         avals=tuple(map(_aval_key, arrays)),
         tree=tree,

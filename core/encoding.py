@@ -137,7 +137,7 @@ class Encoded(abc.ABC):
 def leaf_nbytes(leaf: Any) -> int:
     """Bytes of an array or shape, to the byte: types narrower than a byte are packed."""
     dtype = leaf.dtype
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
         return math.prod(leaf.shape) * 8
     name = np.dtype(dtype).name
     bits = jnp.iinfo(dtype).bits if name in ("int2", "uint2", "int4", "uint4") else np.dtype(dtype).itemsize * 8

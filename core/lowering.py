@@ -7,7 +7,7 @@ encoding passing through. Only what is left is unpacked first, and that is logge
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -205,7 +205,7 @@ class Evaluator:
         return x.decode()
 
     @contextlib.contextmanager
-    def loop(self, length: int | None, held: Sequence[Any]) -> Iterator[None]:
+    def loop(self, length: int | None, held: Sequence[Any]) -> Generator[None]:
         """Marks that what is evaluated runs in every turn of a loop over which `held` stays the same."""
         self._loops.append((length, [x for x in held if isinstance(x, Encoded)]))
         try:

@@ -7,10 +7,20 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from compax import capture as capturing
 from compax import lowering, module, printing, raising
 from compax.analysis import coverage as covering
-from compax.capture import Captured, Entry, Signature, Static
+from compax.capture import (
+    Arguments,
+    Captured,
+    Entry,
+    Signature,
+    Static,
+    check_mode,
+    make_source,
+    take_apart,
+    trace_entry,
+    update_objects,
+)
 from compax.encoding import Encoded
 from compax.errors import CaptureError, SignatureError, VerificationError
 from compax.sources import Arrays
@@ -102,7 +112,7 @@ class Program:
         return lowering.evaluate(captured.graph, values)
 
     @staticmethod
-    def _finish(captured: Captured, arguments: capturing.Arguments, flat: Sequence[Any]) -> Result:
+    def _finish(captured: Captured, arguments: Arguments, flat: Sequence[Any]) -> Result:
         count = sum(not isinstance(leaf, Static) for leaf in captured.output_leaves)
         leaves = [leaf.value if isinstance(leaf, Static) else flat[leaf] for leaf in captured.output_leaves]
         rest = iter(flat[count:])
@@ -111,14 +121,12 @@ class Program:
             path: jax.tree.unflatten(tree, [next(rest) for _ in range(tree.num_leaves)]) for path, tree in captured.aux
         }
         if arguments.objects:
-            capturing.update_objects(arguments.objects, list(rest))
+            update_objects(arguments.objects, list(rest))
         return jax.tree.unflatten(captured.output_tree, leaves), updates, aux
 
-    def _arguments(
-        self, entry: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Entry, capturing.Arguments]:
+    def _arguments(self, entry: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, Arguments]:
         chosen = self.entry(entry)
-        return chosen, capturing.take_apart(chosen, args, kwargs)
+        return chosen, take_apart(chosen, args, kwargs)
 
     def _check_store(self, params: Arrays, state: Arrays) -> None:
         for what, given, own in (("parameters", params, self.params), ("state", state, self.state)):
@@ -147,7 +155,7 @@ class Program:
 
     # -- graphs -------------------------------------------------------------------------------------------------
 
-    def graph(self, entry: str | None = None, arguments: capturing.Arguments | None = None) -> Captured:
+    def graph(self, entry: str | None = None, arguments: Arguments | None = None) -> Captured:
         """The graph of an entry: for given arguments, or the first one captured.
 
         A signature that was not met before is captured then, and the passes in the history are replayed on it.
@@ -161,10 +169,8 @@ class Program:
             found = self.memo[key] = self._replay(self._trace(self.entry(name), arguments))
         return found
 
-    def _trace(self, entry: Entry, arguments: capturing.Arguments) -> Captured:
-        captured, closed_over = capturing.trace_entry(
-            entry, arguments, dict(map(_logical, self.params.items())), self.state
-        )
+    def _trace(self, entry: Entry, arguments: Arguments) -> Captured:
+        captured, closed_over = trace_entry(entry, arguments, dict(map(_logical, self.params.items())), self.state)
         if unknown := closed_over.keys() - self.params.keys():
             raise CaptureError(
                 f"with these inputs the function closes over another array than before ({min(unknown)}); pass it among "
@@ -214,10 +220,10 @@ class Program:
         if name in self.entries:
             raise CaptureError(f"the program has an entry '{name}' already")
         first = self.entry()
-        capturing.check_mode(mode)
+        check_mode(mode)
         source = first.source.variant(method=method, mode=mode, loss=loss, mutable=mutable)
         entry = Entry(name, source, mode, tuple(constant), tuple(static))
-        arguments = capturing.take_apart(entry, args, kwargs)
+        arguments = take_apart(entry, args, kwargs)
         captured = self._replay(self._trace(entry, arguments))
         return self.replace(
             entries={**self.entries, name: entry}, graphs={**self.graphs, (name, arguments.signature): captured}
@@ -377,12 +383,12 @@ def capture(
     Raises:
         CaptureError: the model cannot be captured; says why.
     """
-    source, params, state, rest = capturing.make_source(
+    source, params, state, rest = make_source(
         model, args, method=method, mode=mode, loss=loss, variables=variables, mutable=mutable
     )
     chosen = Entry(entry, source, mode, tuple(constant), tuple(static))
-    arguments = capturing.take_apart(chosen, rest, kwargs)
-    captured, closed_over = capturing.trace_entry(chosen, arguments, params, state)
+    arguments = take_apart(chosen, rest, kwargs)
+    captured, closed_over = trace_entry(chosen, arguments, params, state)
     params = {**params, **closed_over}
     title = name or getattr(model, "__name__", None) or type(model).__name__
     return Program(

@@ -48,7 +48,9 @@ def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
 
 
 @straight_through.defjvp
-def _straight_through_jvp(primals: tuple, tangents: tuple) -> tuple:
+def _straight_through_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     return primals[1], tangents[0]
 
 

@@ -165,23 +165,22 @@ class ScaledArray(Encoded):
         )
 
     def concatenate(self, others: Sequence[Any], dimension: int) -> Self | None:
-        parts = [p.settled() if isinstance(p, ScaledArray) else p for p in (self, *others)]
-        if any(
-            type(p) is not type(self) or (p.dtype, p.through, p.axes) != (self.dtype, self.through, self.axes)
-            for p in parts
-        ):
-            return None
+        first = self.settled()
+        parts = [first]
+        for other in others:
+            if not isinstance(other, type(self)):
+                return None
+            part = other.settled()
+            if (part.dtype, part.through, part.axes) != (first.dtype, first.through, first.axes):
+                return None
+            parts.append(part)
+        full = [dim == dimension or any(not p._shared(dim) for p in parts) for dim in range(self.ndim)]
         scales = []
-        full = [any(not p._shared(dim) for p in parts) for dim in range(self.ndim)]
-        full[dimension] = True
         for part in parts:
-            shape = [part.values.shape[dim] if full[dim] else 1 for dim in range(self.ndim)]
+            shape = [size if keep else 1 for size, keep in zip(part.values.shape, full, strict=True)]
             scales.append(jnp.broadcast_to(part.scale, shape))
-        return parts[0]._with(
-            jnp.concatenate([p.values for p in parts], dimension),
-            jnp.concatenate(scales, dimension),
-            parts[0]._all_axes(),
-        )
+        values = jnp.concatenate([p.values for p in parts], dimension)
+        return first._with(values, jnp.concatenate(scales, dimension), first._all_axes())
 
     def gather(self, indices: Any, attributes: dict[str, Any]) -> jax.Array | None:
         if self.order:
