@@ -1,7 +1,8 @@
-"""What a checkpoint says about itself: for every array its shape, dtype and a fingerprint of its bits, as JSON."""
+"""What a checkpoint says about itself, as JSON: what every array is, and how to tell that no file was damaged."""
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -26,13 +27,11 @@ class StoredArray:
         shape: its shape.
         dtype: its dtype's name; of random keys, `key<...>`.
         key: of random keys, the name of their implementation.
-        fingerprint: what `fingerprint` gives for its bits.
     """
 
     shape: tuple[int, ...]
     dtype: str
     key: str | None
-    fingerprint: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +51,37 @@ class StoredValue:
     def of(cls, value: Any) -> "StoredValue":
         """What describes a parameter, encoded or not."""
         arrays = {
-            part: StoredArray(
-                shape=tuple(x.shape),
-                dtype=str(x.dtype),
-                key=str(jax.random.key_impl(x)) if is_key(x) else None,
-                fingerprint=int(fingerprint(x)),
-            )
+            part: StoredArray(tuple(x.shape), str(x.dtype), str(jax.random.key_impl(x)) if is_key(x) else None)
             for part, x in parts(value)
         }
         return cls(encoding_text(value), arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFile:
+    """One file of a checkpoint.
+
+    Attributes:
+        nbytes: its size.
+        crc32: the checksum of its contents (`zlib.crc32`).
+    """
+
+    nbytes: int
+    crc32: int
+
+    @classmethod
+    def of(cls, path: Path) -> "StoredFile":
+        """What describes a file.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        nbytes = checksum = 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                nbytes += len(block)
+                checksum = zlib.crc32(block, checksum)
+        return cls(nbytes, checksum)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +97,7 @@ class Manifest:
         parameters: by path.
         state: by path.
         frozen: paths of frozen parameters.
-        files: sizes in bytes of the files that hold the arrays, by path below their folder.
+        files: the files that hold the arrays, by path below their folder.
     """
 
     format: int
@@ -87,7 +108,7 @@ class Manifest:
     parameters: Mapping[str, StoredValue]
     state: Mapping[str, StoredValue]
     frozen: tuple[str, ...]
-    files: Mapping[str, int]
+    files: Mapping[str, StoredFile]
 
     def to_json(self) -> str:
         """The manifest as JSON.
@@ -138,8 +159,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
             path: StoredValue(
                 encoding=value["encoding"],
                 arrays={
-                    part: StoredArray(tuple(x["shape"]), x["dtype"], x["key"], int(x["fingerprint"]))
-                    for part, x in value["arrays"].items()
+                    part: StoredArray(tuple(x["shape"]), x["dtype"], x["key"]) for part, x in value["arrays"].items()
                 },
             )
             for path, value in store.items()
@@ -154,7 +174,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         parameters=values(content["parameters"]),
         state=values(content["state"]),
         frozen=tuple(content["frozen"]),
-        files={name: int(size) for name, size in content["files"].items()},
+        files={name: StoredFile(int(file["nbytes"]), int(file["crc32"])) for name, file in content["files"].items()},
     )
 
 
@@ -242,50 +262,9 @@ def _static_text(x: Any) -> str:
     return repr(x) if isinstance(x, (bool, int, float, str)) or x is None else type(x).__name__
 
 
-# -- bits -------------------------------------------------------------------------------------------------------------
-
-
 def is_key(x: Any) -> bool:
     """Whether an array, or a shape, is one of random keys."""
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-@jax.jit
-def fingerprint(x: jax.Array) -> jax.Array:
-    """A number that tells an array's bits: uint32[].
-
-    Each element, together with its position, goes through the finalizer of MurmurHash3 (a permutation of 32 bits, by
-    Austin Appleby), and the results are added up. The order of additions does not matter, so an array has the same
-    fingerprint however it is sharded; a change of one element always shows.
-
-    Args:
-        x: any array, random keys included.
-    """
-    words = _words(jax.random.key_data(x) if is_key(x) else x)
-    position = jnp.zeros(words.shape, jnp.uint32)
-    stride = 1
-    for dim in reversed(range(words.ndim)):
-        position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim) * np.uint32(stride % 2**32)
-        stride *= words.shape[dim]
-    mixed = words ^ (position * np.uint32(0x9E3779B1))
-    mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
-    mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
-
-
-def _words(x: jax.Array) -> jax.Array:
-    """An array's bits as uint32; elements of 64 bits become two, in a new last dimension."""
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        return _words(jnp.stack([x.real, x.imag], axis=-1))
-    if x.dtype == jnp.bool_:
-        return x.astype(jnp.uint32)
-    bits = jnp.finfo(x.dtype).bits if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).bits
-    if bits == 64:
-        return jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}")).astype(jnp.uint32)
-
-
-# -- errors -----------------------------------------------------------------------------------------------------------
 
 
 def reason(error: BaseException) -> str:

@@ -12,6 +12,7 @@ in memory than the program as it is stored and its largest array once more. A di
 it is whole.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -26,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from compax.encoding import Encoded, leaf_nbytes
 from compax.errors import CheckpointError, CompaxError
@@ -35,9 +36,9 @@ from compax.manifest import (
     FORMAT,
     Manifest,
     StoredArray,
+    StoredFile,
     StoredValue,
     differences,
-    fingerprint,
     is_key,
     part_name,
     parts,
@@ -103,7 +104,7 @@ def save(program: Program, directory: StrPath, *, config: Any = None, overwrite:
         _write(partial / ARRAYS, arrays)
         _wait_for_all(f"arrays of {target}")
         if first:
-            complete = dataclasses.replace(manifest, files=_sizes(partial / ARRAYS))
+            complete = dataclasses.replace(manifest, files=_files(partial / ARRAYS))
             (partial / FILE).write_text(complete.to_json(), encoding="utf-8")
             _rename(partial, target, replaced)
         _wait_for_all(f"end of {target}")
@@ -146,9 +147,11 @@ def _write(directory: Path, arrays: Mapping[str, Any]) -> None:
             checkpointer.save(directory, args=orbax.args.PyTreeSave(dict(arrays)))
 
 
-def _sizes(directory: Path) -> dict[str, int]:
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
-    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+def _files(directory: Path) -> dict[str, StoredFile]:
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        found = list(pool.map(StoredFile.of, paths))
+    return {path.relative_to(directory).as_posix(): file for path, file in zip(paths, found, strict=True)}
 
 
 def _rename(partial: Path, target: Path, replaced: Path) -> None:
@@ -257,14 +260,21 @@ def _quoted(pipeline: Pipeline) -> str:
 
 
 def _check_files(directory: Path, manifest: Manifest) -> None:
-    for name, size in manifest.files.items():
-        file = directory / name
+    """Raises `CheckpointError` if a file is missing or was changed; each process looks at its share of them."""
+    names = sorted(manifest.files)[jax.process_index() :: jax.process_count()]
+    for name in names:
+        file, nbytes = directory / name, manifest.files[name].nbytes
         if not file.is_file():
             raise CheckpointError(f"the checkpoint is damaged: {file} is missing; {REMEDY}")
-        if file.stat().st_size != size:
+        if file.stat().st_size != nbytes:
             raise CheckpointError(
-                f"the checkpoint is damaged: {file} has {file.stat().st_size:,} of {size:,} bytes; {REMEDY}"
+                f"the checkpoint is damaged: {file} has {file.stat().st_size:,} of {nbytes:,} bytes; {REMEDY}"
             )
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        found = list(pool.map(StoredFile.of, [directory / name for name in names]))
+    for name, file in zip(names, found, strict=True):
+        if file != manifest.files[name]:
+            raise CheckpointError(f"the checkpoint is damaged: {directory / name} was changed; {REMEDY}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,15 +343,14 @@ def _read(checkpointer: Any, source: Path, group: Mapping[str, _Wanted]) -> list
     """The arrays of a group, in order.
 
     Raises:
-        CheckpointError: they cannot be read, or hold other bits than were saved.
+        CheckpointError: they cannot be read.
     """
     import orbax.checkpoint as orbax
 
     structs = {name: jax.eval_shape(_on_disk, each.struct) for name, each in group.items() if each.struct.size}
+    here = SingleDeviceSharding(jax.local_devices()[0])
     arguments = {
-        name: orbax.RestoreArgs(restore_type=np.ndarray)
-        if group[name].sharding is None
-        else orbax.ArrayRestoreArgs(sharding=group[name].sharding, global_shape=struct.shape)
+        name: orbax.ArrayRestoreArgs(sharding=group[name].sharding or here, global_shape=struct.shape)
         for name, struct in structs.items()
     }
     found: dict[str, Any] = {}
@@ -356,13 +365,12 @@ def _read(checkpointer: Any, source: Path, group: Mapping[str, _Wanted]) -> list
     arrays: list[jax.Array] = []
     for name, each in group.items():
         if name in found:
-            array = _from_disk(jnp.asarray(found.pop(name)), each)
+            array = found.pop(name)
+            if each.sharding is None:  # not bound to a device, as arrays are that nobody placed
+                array = jnp.asarray(np.asarray(array))
+            array = _from_disk(array, each)
         else:
             array = jnp.zeros(each.struct.shape, each.struct.dtype, device=each.sharding)
-        if int(fingerprint(array)) != each.stored.fingerprint:
-            raise CheckpointError(
-                f"the checkpoint {source} is damaged: '{name}' has other bits than were saved; {REMEDY}"
-            )
         arrays.append(array)
     return arrays
 

@@ -1,15 +1,12 @@
-"""What tests of checkpoints save: a small network with state, an encoding of four bits, and how to compare programs."""
+"""What tests of checkpoints save: a small network with state; and how to compare programs."""
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
 
-from compax.encoding import Encoded
 from compax.program import Program
 
 D = 16
@@ -58,34 +55,3 @@ class Network(nnx.Module):
         for block in self.blocks:
             x = block(x)
         return self.dropout(self.norm(x)) * self.scale
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Packed(Encoded):
-    """Four bits, with scales in eight."""
-
-    codes: Any
-    scale: Any
-    group: int = dataclasses.field(metadata={"static": True})
-    format = "packed"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.codes.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return jnp.dtype(jnp.float32)
-
-    def spec(self, spec: PartitionSpec) -> "Packed":
-        return Packed(spec, PartitionSpec(spec[0]), self.group)
-
-    def decode(self) -> jax.Array:
-        return self.codes.astype(jnp.float32) * self.scale.astype(jnp.float32)[:, None]
-
-
-def packed(shape: tuple[int, int], group: int = 8) -> Packed:
-    generator = np.random.default_rng(1)
-    codes = jnp.asarray(generator.integers(-7, 8, shape)).astype(jnp.int4)
-    return Packed(codes, jnp.asarray(generator.uniform(size=shape[0])).astype(jnp.float8_e4m3fn), group)

@@ -1,7 +1,6 @@
 """A program as an NNX module: its variables, and that NNX's own tools work on it."""
 
 import copy
-import dataclasses
 import warnings
 from typing import Any
 
@@ -13,10 +12,10 @@ import optax
 import pytest
 from flax import nnx
 
-from compax.encoding import Encoded
 from compax.errors import CaptureError, SignatureError
 from compax.module import Frozen, ProgramModule, Stored
 from compax.program import Program, capture
+from sample_encodings import Adapted, Integers
 
 D = 8
 
@@ -57,57 +56,6 @@ class Network(nnx.Module):
         for block in self.blocks:
             x = block(x)
         return self.dropout(self.norm(x))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Integers(Encoded):
-    """A stored encoding: integers and one scale."""
-
-    codes: Any
-    scale: Any
-    format = "integers"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.codes.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.scale.dtype
-
-    def decode(self) -> jax.Array:
-        return self.codes.astype(self.scale.dtype) * self.scale
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Added(Encoded):
-    """A trainable term over any other encoding."""
-
-    base: Any
-    term: Any
-    format = "added"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
-
-    @property
-    def trainable(self) -> bool:
-        return True
-
-    def decode(self) -> jax.Array:
-        return self.base.decode() + self.term
-
-
-def integers(x: jax.Array) -> Integers:
-    scale = jnp.max(jnp.abs(x)) / 127
-    return Integers(jnp.round(x / scale).astype(jnp.int8), scale)
 
 
 def encoded(program: Program, encode: Any, *paths: str) -> Program:
@@ -237,7 +185,7 @@ def test_frozen_parameters_are_no_params(program: Program) -> None:
 
 def test_stored_encodings_are_variables_without_gradient(program: Program) -> None:
     path = "blocks.0.mlp.up.kernel"
-    quantized = encoded(program, integers, path)
+    quantized = encoded(program, Integers.of, path)
     module = ProgramModule(quantized, "eval")
     variables = flat(module)
     assert type(variables[f"{path}.codes"]) is Stored
@@ -251,20 +199,24 @@ def test_stored_encodings_are_variables_without_gradient(program: Program) -> No
 
 def test_the_trainable_leaves_of_nested_encodings_are_params(program: Program) -> None:
     path = "blocks.1.mlp.down.kernel"
-    adapted = encoded(program, lambda x: Added(integers(x), jnp.zeros_like(x)), path)
+    adapted = encoded(program, lambda x: Adapted.over(Integers.of(x)), path)
     module = ProgramModule(adapted, "eval")
     kinds = {name: type(v) for name, v in flat(module).items() if name.startswith(path)}
-    assert kinds == {f"{path}.base.codes": Stored, f"{path}.base.scale": Stored, f"{path}.term": nnx.Param}
+    assert kinds == {
+        f"{path}.base.codes": Stored,
+        f"{path}.base.scale": Stored,
+        **{f"{path}.factors.{i}": nnx.Param for i in (0, 1)},
+    }
     optimizer = nnx.Optimizer(module, optax.sgd(0.1), wrt=nnx.Param)
     before = module.blocks[1].mlp.down.kernel.base.codes[...]
     optimizer.update(module, nnx.grad(lambda m: jnp.mean(m(rows()) ** 2))(module))
-    assert np.any(module.blocks[1].mlp.down.kernel.term[...])
+    assert np.any(module.blocks[1].mlp.down.kernel.factors[1][...])
     np.testing.assert_array_equal(module.blocks[1].mlp.down.kernel.base.codes[...], before)
 
 
 def test_a_frozen_encoding_has_no_params(program: Program) -> None:
     path = "blocks.1.mlp.down.kernel"
-    adapted = encoded(program, lambda x: Added(integers(x), jnp.zeros_like(x)), path)
+    adapted = encoded(program, lambda x: Adapted.over(Integers.of(x)), path)
     module = ProgramModule(adapted.replace(frozen=frozenset({path})))
     assert {type(v) for name, v in flat(module).items() if name.startswith(path)} == {Stored}
 
