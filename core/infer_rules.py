@@ -101,7 +101,7 @@ _ELEMENTWISE = """
 """
 _LAYOUT = """
     all_gather all_gather_invariant all_to_all broadcast_in_dim concatenate copy copy_p dynamic_slice
-    dynamic_update_slice expand_dims gather mesh_cast name pad pbroadcast pcast ppermute pvary reshape reshard rev
+    dynamic_update_slice gather mesh_cast name pad pbroadcast pcast ppermute pvary reshape reshard rev
     sharding_constraint slice split squeeze stack tile transpose unstack
 """
 _REDUCTIONS = """

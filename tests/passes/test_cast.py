@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from oracle import assert_preserves
 
 from compax import Program, capture, ir, verify
 from compax.errors import PipelineError, SelectorError
@@ -24,6 +23,7 @@ from compax.passes import Cast, Quantize
 from compax.passes.cast import fits
 from compax.pipeline import Pipeline
 from compax.transform import Context
+from oracle import assert_preserves
 
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 FLOAT32 = jnp.dtype(jnp.float32)
@@ -416,7 +416,7 @@ def test_equal_layers_stay_one_function():
             x = layer(params[name], x)
         return x
 
-    program = cast_function(function, {name: W for name in ("in", "a", "b", "c")}, X)
+    program = cast_function(function, dict.fromkeys(("in", "a", "b", "c"), W), X)
     calls = [op for op in operations(program) if op.name == "jit"]
     assert len({id(op.bodies[0]) for op in calls}) == 1
 
