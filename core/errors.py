@@ -1,7 +1,7 @@
 """Every error that compax raises on purpose.
 
-A message says what is wrong, where, why, and what to do about it. All are `CompaxError`, so that a command line can print
-one readable line and exit; those that come from a user's value are `ValueError` too.
+A message says what is wrong, where, why, and what to do about it. All are `CompaxError`, so that a command line can
+print one readable line and exit; those that come from a user's value are `ValueError` too.
 """
 
 

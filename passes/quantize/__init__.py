@@ -84,8 +84,7 @@ class Quantize(Pass):
                     continue
                 reduced = sorted({dim for _, use in uses for dim in use.reduced})
                 params[path] = self._encode(params[path], reduced)
-                if context.donate and not self.train:
-                    _release(program.params[path], params[path])
+                context.release(program.params[path], params[path])
         decisions, reports = self._decide(sites, chosen, refused)
         graphs = self.rewrite_graphs(program, decisions)
         encoded = any(params[path] is not program.params[path] for path in params)
@@ -182,13 +181,6 @@ def uses_by_parameter(sites: list[Site]) -> dict[str, list[tuple[Site, Use]]]:
 
 
 _quantize_jit = jax.jit(quantize_array, static_argnums=1)
-
-
-def _release(before: Any, after: Any) -> None:
-    """Frees a parameter that was given away, once its successor is there: donating float32 into int8 frees nothing."""
-    if isinstance(before, jax.Array):
-        jax.block_until_ready(after)
-        before.delete()
 
 
 def _store(x: Any, reduced: list[int]) -> QuantizedArray:
