@@ -14,11 +14,13 @@ their final name only when they are whole, so that a process may be killed at an
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
 import jax
@@ -247,10 +249,14 @@ class Checkpoints:
             restore_args=orbax.checkpoint_utils.construct_restore_args(shapes),
             partial_restore=len(wanted) < len(held),
         )
+        found, reason = None, ""
         try:
             found = self._manager.restore(step, args=orbax.args.Composite(arrays=arguments)).arrays
-        except Exception as error:
-            raise self._damaged(step, _first_line(error)) from error
+        except Exception as error:  # noqa: BLE001 - whatever a damaged file makes Orbax raise
+            reason = _first_line(error)
+        if found is None:
+            _collect_quietly()
+            raise self._damaged(step, reason)
         expected = self.meta(step)["digests"]
         for name, digest in digests(found).items():
             if digest != expected.get(name):
@@ -274,6 +280,15 @@ class Checkpoints:
             f"checkpoint {step} in {self.directory} is damaged ({reason}); "
             f"delete the folder {self.directory / str(step)} to go on from the one before"
         )
+
+
+def _collect_quietly() -> None:
+    """Collects the reads that a failed restore leaves unfinished: each would print a traceback of its own later."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def named(tree: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.metadata
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except CompaxError as error:
-        print(f"compax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"compax: error: {_one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("compax: interrupted", file=sys.stderr)
@@ -56,6 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has seen enough; the interpreter must not complain about it when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _one_line(message: str) -> str:
+    """Puts a message on one line; a caret below a text becomes the number of the character that it points at."""
+    pointed = re.sub(r"\n  (.*)\n  (\s*)\^", lambda found: f" (character {len(found[2]) + 1} of '{found[1]}')", message)
+    return " ".join(pointed.split())
 
 
 def _run(argv: list[str]) -> int:

@@ -11,12 +11,13 @@ from typing import Any
 import jax
 
 import compax
+from compax import text
 from compax.experiments import checkpoint, programs
 from compax.experiments.console import Console, amount
 from compax.experiments.evaluate import Evaluation, Evaluator
 from compax.instruments import Instrument, Journal, Measured
 from compax.instruments import Step as PassStep
-from compax.transform import Footprint, PassRecord
+from compax.transform import Footprint, Pass, PassRecord, default, field_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Report:
 
     def show(self, console: Console) -> None:
         """Prints a table with a line for each pass, and below it what the passes matched."""
-        rows = [("(trained)", "", *_size(self.footprint), *_loss(self.before), "")]
+        rows = [("(none)", "", *_size(self.footprint), *_loss(self.before), "")]
         for record, evaluation in zip(self.records, self.evaluations, strict=True):
             counts = [f"{record.count(s)} {s}" for s in ("rewritten", "matched", "skipped") if record.count(s)]
             rows.append(
-                (record.text, ", ".join(counts), *_size(record.after), *_loss(evaluation), f"{record.seconds:.2f}")
+                (_text(record), ", ".join(counts), *_size(record.after), *_loss(evaluation), f"{record.seconds:.2f}")
             )
         console.table(
             f"passes, evaluated on {self.before.tokens} tokens",
@@ -53,12 +54,6 @@ class Report:
         for record in self.records:
             for line in _matched(record):
                 console.say(line)
-        for record, evaluation in zip(self.records, self.evaluations, strict=True):
-            ratio = record.before.nbytes / max(record.after.nbytes, 1)
-            console.say(
-                f"{record.text}: {amount(record.before.nbytes, 'B')} -> {amount(record.after.nbytes, 'B')} "
-                f"({ratio:.2f}x, computed), loss now {evaluation.loss:.4f} (measured)"
-            )
 
     def save(self, directory: pathlib.Path, config: dict[str, Any]) -> None:
         """Writes the report as `compress.json` and the program into the folder `compressed`.
@@ -84,8 +79,8 @@ class Report:
             "bytes": self.footprint.nbytes,
             "eval_loss": self.before.loss,
         }
-        text = json.dumps({"before": before, "passes": passes}, indent=2) + "\n"
-        checkpoint.write_whole(directory / "compress.json", text)
+        report = {"before": before, "passes": passes}
+        checkpoint.write_whole(directory / "compress.json", json.dumps(report, indent=2) + "\n")
 
 
 def _size(footprint: Footprint) -> tuple[str, str]:
@@ -105,8 +100,21 @@ def _matched(record: PassRecord) -> list[str]:
             sites = [site for site in found if site.reason == reason]
             kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(site.kind for site in sites).items())
             names = ", ".join(site.name for site in sites[:3]) + (", ..." if len(sites) > 3 else "")
-            lines.append(f"{record.text} {status} {kinds}: {names}{f' ({reason})' if reason else ''}")
-    return [*lines, *(f"{record.text}: {note}" for note in record.notes)]
+            lines.append(f"{_text(record)} {status} {kinds}: {names}{f' ({reason})' if reason else ''}")
+    return [*lines, *(f"{_text(record)}: {note}" for note in record.notes)]
+
+
+def _text(record: PassRecord) -> str:
+    """Spells out a pass: its own options also where they have their defaults, unless those mean 'not used'."""
+    pass_, types = record.pass_, field_types(type(record.pass_))
+    common = {field.name: default(field) for field in dataclasses.fields(Pass)}
+    written = []
+    for field in dataclasses.fields(pass_):
+        value = getattr(pass_, field.name)
+        unsaid = value == common[field.name] if field.name in common else value in (None, False)
+        if not unsaid:
+            written.append(f"{field.name}={text.write(value, types[field.name])}")
+    return f"{pass_.name}({', '.join(written)})"
 
 
 class _Loss(Instrument):
@@ -124,12 +132,12 @@ class _Loss(Instrument):
 
 
 def compress(
-    text: str, program: compax.Program, evaluator: Evaluator, batch: dict[str, jax.Array], *, seed: int = 0
+    passes: str, program: compax.Program, evaluator: Evaluator, batch: dict[str, jax.Array], *, seed: int = 0
 ) -> Report:
     """Applies a pipeline to a trained program and measures the loss after each of its passes.
 
     Args:
-        text: The pipeline.
+        passes: The pipeline's text.
         program: With the entries `train` and `eval`.
         evaluator: Measures on the evaluation text.
         batch: A sample, for calibration and for the passes' contracts.
@@ -138,7 +146,7 @@ def compress(
     Raises:
         CompaxError: The pipeline is malformed, a pass failed or broke its contract.
     """
-    pipeline = compax.Pipeline.parse(text)
+    pipeline = compax.Pipeline.parse(passes)
     before = evaluator.of(program)
     loss, journal = _Loss(evaluator), Journal()
     changed: Any = pipeline(program, batch, entry=programs.EVAL, instruments=[loss, journal], seed=seed)

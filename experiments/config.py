@@ -163,6 +163,11 @@ def _open_section(values: Mapping[str, Any]) -> ConfigDict:
     return ConfigDict(dict(values))
 
 
+def _set_open(config: ConfigDict, key: str, value: Any) -> None:
+    """Sets a field of the open section, of whatever type it was before."""
+    config.model.overrides = _open_section({**config.model.overrides.to_dict(), key: value})
+
+
 def load(source: str | os.PathLike[str], overrides: Mapping[str, str] | None = None) -> ConfigDict:
     """Runs the `get_config()` of an experiment and applies overrides to what it returns.
 
@@ -271,7 +276,7 @@ def override(config: ConfigDict, name: str, text: str) -> None:
         ConfigError: The field is unknown (the closest names are told) or the text is not of its type.
     """
     if name.startswith(_OPEN + "."):
-        config.model.overrides[name[len(_OPEN) + 1 :]] = _literal(text)
+        _set_open(config, name[len(_OPEN) + 1 :], _literal(text))
         return
     if name == _OPEN:
         value = _literal(text)
@@ -362,7 +367,7 @@ def _kind_name(kind: type) -> str:
 
 def _assign(config: ConfigDict, name: str, value: Any, *, where: str) -> None:
     if name.startswith(_OPEN + "."):
-        config.model.overrides[name[len(_OPEN) + 1 :]] = value
+        _set_open(config, name[len(_OPEN) + 1 :], value)
         return
     field = _field(name)
     kind = type(field.default)

@@ -78,5 +78,4 @@ def show(program: compax.Program, console: Console) -> None:
     """Prints a program and its coverage, both predicted from its graph; its history is part of the print."""
     console.say(str(program))
     console.say("")
-    console.say("coverage (predicted from the graph)")
     console.say(str(coverage(program)))

@@ -98,7 +98,7 @@ def make_step(config: ConfigDict, program: compax.Program) -> Step:
 
     def step(before: TrainState, frozen: dict[str, Any], tokens: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, state, grads = gradients(before, frozen, tokens)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, optimizer_state = update_rule.update(grads, before.optimizer, before.params)
         params = optax.apply_updates(before.params, updates)

@@ -18,7 +18,7 @@ import numpy as np
 
 import compax
 from compax.errors import CheckpointError, CompaxError
-from compax.experiments import checkpoint, data, metrics, programs
+from compax.experiments import checkpoint, data, metrics, optimizer, programs
 from compax.experiments.config import run_directory
 from compax.experiments.console import Console, Progress, amount
 from compax.experiments.evaluate import Evaluation, Evaluator
@@ -68,6 +68,7 @@ def train(config: ConfigDict, console: Console, preemption: Preemption) -> Train
         CompaxError: What else can be wrong with config, data, checkpoint or pipeline, in one readable line.
     """
     directory = run_directory(config)
+    preflight(config)
     with checkpoint.open_run(config):
         corpus = data.prepare(config, console.say)
         corpus.tokenizer.save(directory / checkpoint.TOKENIZER)
@@ -87,15 +88,30 @@ def train(config: ConfigDict, console: Console, preemption: Preemption) -> Train
         return Trained(config, directory, trained, corpus, loop.evaluator, evaluation)
 
 
+def preflight(config: ConfigDict) -> None:
+    """Finds what is wrong with the parts of a config that other modules read, before anything is made on disk.
+
+    Raises:
+        ConfigError: The model, the optimizer or the schedule is impossible.
+        PipelineError: A pipeline is malformed, or its order is wrong.
+    """
+    programs.model_config(config, config.tokenizer.vocabulary)
+    optimizer.optimizer(config)
+    trained = compax.Pipeline.parse(config.pipeline)
+    trained.check()
+    compax.Pipeline.parse(config.compress).check(trained.passes)
+
+
 def describe(program: compax.Program, config: ConfigDict, console: Console) -> None:
     """Prints what is about to be trained, and on what."""
     trainable, _ = program.partition()
     total, count = (sum(value.size for value in params.values()) for params in (program.params, trainable))
     tokens = config.data.batch_size * config.data.sequence_length
-    devices = jax.devices()
+    devices = jax.local_devices()
+    one = "" if len(devices) == 1 else f" (1 of {len(devices)} devices)"
     console.say(
         f"model: {config.model.family} {config.model.size}, {amount(total)} parameters, {amount(count)} trainable; "
-        f"{config.steps} steps of {tokens} tokens on {len(devices)} x {devices[0].device_kind}"
+        f"{config.steps} steps of {tokens} tokens on {devices[0].device_kind}{one}"
     )
     for record in program.history:
         console.say(f"pass: {record}")
