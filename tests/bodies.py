@@ -17,6 +17,7 @@ convolution, where windows overlap, one for each example.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -266,6 +267,7 @@ def parameters(module: nnx.Module) -> dict[str, jax.Array]:
     }
 
 
+@functools.cache
 def reference(body: Body, arithmetic: Arithmetic) -> jax.Array:
     """What the body returns on its inputs under an arithmetic."""
     return REFERENCES[body.name](arithmetic, parameters(body.make()), *body.inputs())

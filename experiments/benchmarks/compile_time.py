@@ -130,9 +130,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5, help="samples of each figure but compile (%(default)s)")
     arguments = parser.parse_args()
     rows: list[tuple[str, ...]] = []
+    shape = (arguments.batch, arguments.sequence)
     for name in arguments.models:
         size, scan = MODELS[name]
-        shape = (arguments.batch, arguments.sequence)
         timings = measure(size, scan, arguments.pipeline, shape, arguments.repetitions)
         steps = (timings.plain, timings.capture, timings.raising, timings.passes, timings.lower, timings.compile)
         added = sorted(timings.added)

@@ -204,8 +204,9 @@ def gradient_temporaries(pipeline: str, vocabulary: int | None, tokens: int) -> 
     def loss(trained: Any, rest: Any, state: Any, batch: Any) -> jax.Array:
         return program.apply({**trained, **rest}, state, batch)[0][0]
 
-    compiled = jax.jit(jax.grad(loss)).lower(trained, rest, program.state, batch).compile()
-    return compiled.memory_analysis().temp_size_in_bytes, sum(map(nbytes, program.params.values()))
+    analysis = jax.jit(jax.grad(loss)).lower(trained, rest, program.state, batch).compile().memory_analysis()
+    assert analysis is not None, "XLA gives no account of memory on this platform"
+    return analysis.temp_size_in_bytes, sum(map(nbytes, program.params.values()))
 
 
 def print_gradients() -> None:

@@ -8,10 +8,9 @@ the installed folder, and imports the one file; the file itself is what was inst
 import contextlib
 import importlib
 import importlib.machinery
-import importlib.util
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import flax
@@ -52,7 +51,7 @@ def tunix_model(name: str) -> types.ModuleType:
 
 
 @contextlib.contextmanager
-def lazy_sharding() -> Iterator[None]:
+def lazy_sharding() -> Generator[None]:
     """Where tunix models are imported and built: their weights carry sharding names for a mesh that is not there.
 
     Importing one of them turns flax's eager sharding off for the whole process. Here it is off inside the block only.
