@@ -38,7 +38,7 @@ def retypable(dtype: Any) -> bool:
 
     Narrower ones are storage formats, which a model asks for on purpose.
     """
-    if dtype is None or jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+    if dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended):
         return False
     return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize >= 2
 

@@ -264,7 +264,7 @@ def test_operation_of_ours_without_a_lowering(program):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Halves(Encoded):
-    """Twice the array, and a rounding that only `decode` undoes."""
+    """Twice the array; `broken`, it decodes to another shape than it says."""
 
     doubled: jax.Array
     broken: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -280,6 +280,15 @@ class Halves(Encoded):
     def decode(self):
         half = self.doubled / 2
         return half[:-1] if self.broken else half
+
+    def spec(self, spec):
+        return dataclasses.replace(self, doubled=spec)
+
+    def manual(self, spec):
+        return self
+
+    def stacked(self, length):
+        return self
 
 
 def test_encoded_parameters_are_followed(program):
