@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from compax import _jax
+from compax.encoding import Encoded
 from compax.higher_order import name_dot
 from compax.ir import Op
 from compax.lowering import Call, operation, rule
 from compax.passes.quantize import blocks
 from compax.passes.quantize.arithmetic import absmax_scale, fake_quantize, to_integers
 from compax.passes.quantize.encoding import QuantizedArray, SeenArray
+from compax.passes.quantize.products import Product, scaled_product
 
 QUANTIZED = "quantized_contraction"
 """An operation of ours: a contraction whose activations are rounded to int8, dynamically, by row."""
@@ -228,50 +230,39 @@ def _weight_only(call: Call, *, blocked: bool) -> list[jax.Array] | None:
 
 @rule("ragged_dot_general", QuantizedArray)
 def _weight_only_ragged(call: Call) -> list[jax.Array] | None:
-    return _ragged(call.op, call.operands, integer=False) if call.index == 1 else None
-
-
-def _ragged(op: Op, operands: Sequence[Any], *, integer: bool) -> list[jax.Array] | None:
-    """Rows in groups, each group with its own matrix: a row's scale is its group's."""
-    x, w, sizes = operands[0], operands[1].settled(), operands[2]
-    numbers = op.attributes["ragged_dot_dimension_numbers"]
-    (contract, batch) = numbers.dot_dimension_numbers
-    plain = not batch[0] and numbers.lhs_ragged_dimensions == (0,) and numbers.rhs_group_dimensions == (0,)
-    if not plain or x.ndim != 2 or w.ndim != 3 or not _scale_is_free_of(w, contract[1]):
-        return None
-    ends = jnp.cumsum(sizes)
-    group = jnp.minimum(jnp.searchsorted(ends, jnp.arange(x.shape[0]), side="right"), sizes.shape[0] - 1)
-    scale = jax.lax.stop_gradient(jnp.squeeze(w.scale, contract[1][0]))[group]
-    rows = x
-    if integer:
-        row_scale = jax.lax.stop_gradient(absmax_scale(x, contract[0]))
-        rows = fake_quantize(x, row_scale)
-    out = jax.lax.ragged_dot_general(
-        rows,
-        w.values.astype(x.dtype),
-        sizes,
-        numbers,
-        precision=op.attributes["precision"],
-        preferred_element_type=jnp.float32,
-    )
-    return [(out * scale).astype(op.outputs[0].dtype)]
+    return _other(call.op, call.operands, integer=False) if call.index == 1 else None
 
 
 @rule("conv_general_dilated", QuantizedArray)
 def _weight_only_convolution(call: Call) -> list[jax.Array] | None:
-    return _convolution(call.op, call.operands[0], call.encoded) if call.index == 1 else None
+    return _other(call.op, call.operands, integer=False) if call.index == 1 else None
 
 
-def _convolution(op: Op, x: Any, w: QuantizedArray) -> list[jax.Array] | None:
-    numbers, w = op.attributes["dimension_numbers"], w.settled()
-    if not _scale_is_free_of(w, numbers.rhs_spec[1:]):
+def _other(op: Op, operands: Sequence[Any], *, integer: bool) -> list[jax.Array] | None:
+    """A convolution or a grouped product, where its weight's scales can be applied to the output."""
+    x, w, sizes = operands[0], operands[1].settled(), operands[2] if len(operands) > 2 else None
+    if isinstance(x, Encoded) or not jnp.issubdtype(x.dtype, jnp.floating):
         return None
-    options = {k: v for k, v in op.attributes.items() if k != "preferred_element_type"}
-    out = _jax.convolve(x, w.values.astype(x.dtype), preferred_element_type=jnp.float32, **options)
-    shape = [1] * out.ndim
-    shape[numbers.out_spec[1]] = -1
-    scale = jax.lax.stop_gradient(jnp.reshape(w.scale, shape))
-    return [(out * scale).astype(op.outputs[0].dtype)]
+    convolution = op.name == "conv_general_dilated"
+    if convolution:
+        reduced = op.attributes["dimension_numbers"].rhs_spec[1:]
+    else:
+        numbers = op.attributes["ragged_dot_dimension_numbers"]
+        (contract, batch) = numbers.dot_dimension_numbers
+        reduced = contract[1]
+        plain = not batch[0] and numbers.lhs_ragged_dimensions == (0,) and numbers.rhs_group_dimensions == (0,)
+        if not plain or x.ndim != 2 or w.ndim != 3:
+            return None
+    if not _scale_is_free_of(w, reduced):
+        return None
+    options = tuple((k, v) for k, v in op.attributes.items() if k != "preferred_element_type")
+    shared, _ = _activation_dims(op, 1)
+    product = Product(convolution, options, shared, jnp.dtype(op.outputs[0].dtype), integer)
+    x, values, scale = _uniform(x, w.values, w.scale)
+    return [_compiled_product(x, values, scale, sizes, product)]
+
+
+_compiled_product = jax.jit(scaled_product, static_argnums=4)
 
 
 @rule("dot_general", SeenArray)
@@ -328,7 +319,7 @@ def _integer_cpu(call: Call) -> list[jax.Array] | None:
 
 
 def _integer_contraction(call: Call, *, blocked: bool) -> list[jax.Array] | None:
-    """Stored int8 weights: the product in integers, where the format allows it."""
+    """Stored int8 weights: the product in integers, where the scales allow it."""
     op = call.op.bodies[0].ops[0]
     weight = call.op.attributes["weight"]
     if call.index != weight or call.op.attributes["simulated"]:
@@ -338,6 +329,5 @@ def _integer_contraction(call: Call, *, blocked: bool) -> list[jax.Array] | None
         (contract, _) = op.attributes["dimension_numbers"]
         if _scale_is_free_of(w.settled(), contract[weight]):
             return _dot(op, call.operands[1 - weight], w, weight, integer=True, blocked=blocked)
-    if op.name == "ragged_dot_general":
-        return _ragged(op, call.operands, integer=True)
-    return None
+        return None
+    return _other(op, call.operands, integer=True)

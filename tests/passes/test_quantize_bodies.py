@@ -39,8 +39,6 @@ differentiable = pytest.mark.parametrize(
 UNPACKED = {"custom_vjp": "its derivative rule gets the dense weight at the boundary"}
 FLOAT_PRODUCTS = {
     "custom_vjp": bodies.FLOAT_ACTIVATIONS["custom_vjp"],
-    "lax.ragged_dot": "rounded activations and integer weights in a float product",
-    "nnx.Conv": "rounded activations and integer weights in a float product",
 }
 """Bodies whose products do not run in integers, with the reason."""
 
