@@ -49,6 +49,8 @@ from compax.pipeline import Pipeline
 from compax.program import Program, capture
 
 ARRAYS = "arrays"
+GROUP_BYTES = 32 << 20
+"""How much is read at a time: enough that small arrays do not cost a call each, little enough to leave no trace."""
 PACKAGES = ("compax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
 REMEDY = "copy it again, or use another one"
 
@@ -324,8 +326,8 @@ def _places(value: Any, sharding: Sharding | None) -> list[Sharding | None]:
 
 
 def _groups(wanted: Mapping[str, _Wanted]) -> Iterator[dict[str, _Wanted]]:
-    """Arrays to be read at a time, in order: together no larger than the largest of all."""
-    limit = max((leaf_nbytes(each.struct) for each in wanted.values()), default=0)
+    """Arrays to be read at a time, in order: one, or several that are no larger together than the largest of all."""
+    limit = min(GROUP_BYTES, max((leaf_nbytes(each.struct) for each in wanted.values()), default=0))
     group: dict[str, _Wanted] = {}
     filled = 0
     for name, each in wanted.items():

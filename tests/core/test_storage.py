@@ -1,7 +1,11 @@
 """Checkpoints of programs: what comes back is what was saved, to the bit."""
 
 import json
+import os
 import pickle
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -278,9 +282,119 @@ def test_other_passes_are_refused(saved: Path, program: Program, quantized: Prog
 
 
 def test_arrays_are_read_in_groups_no_larger_than_the_largest() -> None:
-    def wanted(size: int) -> Any:
-        return storage._Wanted(jax.ShapeDtypeStruct((size,), jnp.int8), None, None)  # type: ignore[arg-type]
+    def groups(*sizes: int) -> list[list[int]]:
+        wanted: Any = {
+            str(index): storage._Wanted(
+                jax.ShapeDtypeStruct((size,), jnp.int8), manifest.StoredArray((), "", None), None
+            )
+            for index, size in enumerate(sizes)
+        }
+        return [[sizes[int(name)] for name in group] for group in storage._groups(wanted)]
 
-    sizes = [3, 3, 10, 1, 9, 1, 4, 4, 4]
-    groups = list(storage._groups({str(index): wanted(size) for index, size in enumerate(sizes)}))
-    assert [[sizes[int(name)] for name in group] for group in groups] == [[3, 3], [10], [1, 9], [1, 4, 4], [4]]
+    assert groups(3, 3, 10, 1, 9, 1, 4, 4, 4) == [[3, 3], [10], [1, 9], [1, 4, 4], [4]]
+    most = storage.GROUP_BYTES
+    assert groups(most // 2, most // 2, 1, 5 * most, most, 1) == [[most // 2, most // 2], [1], [5 * most], [most], [1]]
+    assert groups() == []
+
+
+MEASURE = """
+import sys, threading, time
+import jax, jax.numpy as jnp
+from compax.program import capture
+from compax.storage import load
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+def peak_of(call):
+    peak, done = 0, threading.Event()
+    def watch():
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, resident())
+    before = resident()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = call()
+    done.set()
+    watcher.join()
+    return result, peak - before
+
+def shapes(count, size):
+    params = {f"w{i}": jax.ShapeDtypeStruct((size, 1 << 20), jnp.int8) for i in range(count)}
+    return params | {"large": jax.ShapeDtypeStruct((4 * size, 1 << 20), jnp.int8)}
+
+small, large = (capture(lambda params, x: x, shapes(*arguments), 1.0) for arguments in ((2, 1), (20, 16)))
+load(sys.argv[1], small)  # imports, and what is allocated once
+program, peak = peak_of(lambda: load(sys.argv[2], large))
+print(peak, sum(x.nbytes for x in program.params.values()), max(x.nbytes for x in program.params.values()))
+"""
+
+
+@pytest.mark.slow  # writes and reads 400 MB
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")
+def test_loading_needs_the_stored_program_and_its_largest_array(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for name, count, size in (("small", 2, 1), ("large", 20, 16)):
+        sizes = {f"w{index}": size for index in range(count)} | {"large": 4 * size}
+        params = {key: jnp.asarray(generator.integers(-127, 128, (n, 1 << 20), np.int8)) for key, n in sizes.items()}
+        save(capture(lambda params, x: x, params, 1.0), tmp_path / name)
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)},  # glibc gives freed blocks back: count what is held
+    )
+    peak, stored, largest = map(int, result.stdout.split())
+    assert (stored, largest) == (384 << 20, 64 << 20)
+    assert peak < stored + largest + (48 << 20), "the last term: buffers that do not grow with the program"
+
+
+PROCESS = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+import jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from compax.program import capture
+from compax.storage import load, save
+
+values = np.arange(64 * 16, dtype=np.float32).reshape(64, 16)
+mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+split = NamedSharding(mesh, PartitionSpec("data"))
+w = jax.make_array_from_callback(values.shape, split, lambda index: values[index])
+program = capture(lambda w, x: x @ w, w, jax.ShapeDtypeStruct((2, 64), jnp.float32))
+for _ in range(2):
+    save(program, sys.argv[3], overwrite=True)
+loaded = load(sys.argv[3], program, shardings={"params": split})
+for shard in loaded.params["params"].addressable_shards:
+    np.testing.assert_array_equal(shard.data, values[shard.index])
+assert len(loaded.params["params"].addressable_shards) == 4
+"""
+
+
+@pytest.mark.slow  # starts two processes
+def test_several_processes_save_and_load_one_program(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [sys.executable, "-c", PROCESS, str(port)]
+    processes = [
+        subprocess.Popen(
+            [*arguments, str(index), str(tmp_path / "shared")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert [path.name for path in tmp_path.iterdir()] == ["shared"]
+    program = capture(lambda w, x: x @ w, jnp.zeros((64, 16)), jnp.zeros((2, 64)))
+    loaded = load(tmp_path / "shared", program)  # and in one process
+    np.testing.assert_array_equal(loaded.params["params"], np.arange(64 * 16, dtype=np.float32).reshape(64, 16))
