@@ -4,6 +4,7 @@ An operation that is not in it, or whose rule declines, is evaluated in the dtyp
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,6 +34,7 @@ Rule = Callable[[Op, Any], Change | None]
 """From an operation and a dtype to what changes; `None` where this operation only works as it was recorded."""
 
 
+@functools.cache
 def retypable(dtype: Any) -> bool:
     """Whether values of a dtype may change it: floating numbers of 16 bits and more.
 

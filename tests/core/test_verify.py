@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from compax import ir
+from compax import _jax, ir
 from compax.capture import Captured
 from compax.encoding import Encoded
 from compax.errors import VerificationError
@@ -99,6 +99,23 @@ def test_declared_dtype_does_not_hold(program):
     assert "graph 'call' > operation 0 'dot_general', which reads 'first'" in message
     assert "test_verify.py" in message
     assert "declared bf16[2,8], but re-inference gives f32[2,8]" in message
+
+
+def test_equation_that_a_pass_made_is_evaluated(program):
+    """An equation that agrees with what is declared is no proof where JAX did not record it."""
+    first, *rest = only(program).graph.ops
+    wrong = ir.Value(_jax.with_dtype(first.outputs[0].aval, jnp.bfloat16))
+    equation = _jax.retyped(first.equation, dict(first.equation.params), [x.aval for x in first.inputs], [wrong.aval])
+    back = _jax.conversion(equation, wrong.aval, jnp.dtype(jnp.float32))
+    attributes, _ = _jax.split_parameters(back)
+    ops = [
+        dataclasses.replace(first, outputs=(wrong,), equation=equation),
+        ir.Op("convert_element_type", (wrong,), first.outputs, attributes, (), back),
+        *rest,
+    ]
+    graph = dataclasses.replace(only(program).graph, ops=tuple(ops))
+    with pytest.raises(VerificationError, match=r"declared bf16\[2,8\], but re-inference gives f32\[2,8\]"):
+        verify(with_graph(program, graph))
 
 
 def test_jax_refuses_the_operands(program):
