@@ -21,16 +21,14 @@ import os
 import pathlib
 import platform
 import sys
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
 
 from compax.errors import CheckpointError, ConfigError
 from compax.experiments import config as configs
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
+from compax.experiments.config import Config
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -40,7 +38,7 @@ _FORMAT = 1
 _WORDS = {1: jnp.uint8, 2: jnp.uint16}
 
 
-def open_run(config: ConfigDict) -> TextIO:
+def open_run(config: Config) -> TextIO:
     """Makes the run directory of a config, or checks that the one there belongs to it, and locks it.
 
     Returns:
@@ -94,7 +92,7 @@ def _locked(directory: pathlib.Path) -> TextIO:
     return lock
 
 
-def read_config(directory: pathlib.Path) -> ConfigDict:
+def read_config(directory: pathlib.Path) -> Config:
     """Reads the config of a run directory.
 
     Raises:
@@ -215,7 +213,7 @@ class Checkpoints:
         import orbax.checkpoint as orbax
 
         try:
-            meta = self._manager.restore(step, args=orbax.args.Composite(meta=orbax.args.JsonRestore())).meta
+            meta = self._manager.restore(step, args=orbax.args.Composite(meta=orbax.args.JsonRestore()))["meta"]
         except Exception as error:
             raise self._damaged(step, _first_line(error)) from error
         if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
@@ -251,7 +249,7 @@ class Checkpoints:
         )
         found, reason = None, ""
         try:
-            found = self._manager.restore(step, args=orbax.args.Composite(arrays=arguments)).arrays
+            found = self._manager.restore(step, args=orbax.args.Composite(arrays=arguments))["arrays"]
         except Exception as error:  # noqa: BLE001 - whatever a damaged file makes Orbax raise
             reason = _first_line(error)
         if found is None:
@@ -315,7 +313,7 @@ def _digest(array: jax.Array) -> jax.Array:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _data(leaf: Any) -> Any:

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from compax.errors import CompaxError, ConfigError
 from compax.experiments import config as configs
+from compax.experiments.config import Config
 
 if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
     from compax.experiments.console import Console
 
 _OVERRIDE = "--config."
@@ -187,7 +186,7 @@ def _fields_help() -> str:
     return "\n".join(lines)
 
 
-def _config_of(args: argparse.Namespace) -> ConfigDict:
+def _config_of(args: argparse.Namespace) -> Config:
     """Returns the config that `--config` or `--run` stands for, with the overrides applied."""
     import pathlib
 

@@ -26,12 +26,17 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from compax.errors import ConfigError
 
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
+
+class Config(Protocol):
+    """What of an `ml_collections.ConfigDict` is used here: its fields as attributes, with the types of `FIELDS`."""
+
+    def __getattr__(self, name: str, /) -> Any: ...
+
+    def __setattr__(self, name: str, value: Any, /) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,37 +143,36 @@ FIELDS: Mapping[str, Field] = {
 _OPEN = "model.overrides"
 
 
-def default() -> ConfigDict:
+def default() -> Config:
     """Returns a locked config with the default of every field of `FIELDS`."""
     from ml_collections import ConfigDict
 
-    config = ConfigDict()
+    nested: dict[str, Any] = {}
     for name, field in FIELDS.items():
         *sections, last = name.split(".")
-        section = config
+        section = nested
         for key in sections:
-            if key not in section:
-                section[key] = ConfigDict()
-            section = section[key]
-        section[last] = ConfigDict(field.default) if isinstance(field.default, dict) else field.default
+            section = section.setdefault(key, {})
+        section[last] = field.default
+    config: Any = ConfigDict(nested)
     config.lock()
     config.model.overrides = _open_section({})
     return config
 
 
-def _open_section(values: Mapping[str, Any]) -> ConfigDict:
+def _open_section(values: Mapping[str, Any]) -> Config:
     """Returns a section that takes fields of any name: those of the model's config, which the model checks."""
     from ml_collections import ConfigDict
 
     return ConfigDict(dict(values))
 
 
-def _set_open(config: ConfigDict, key: str, value: Any) -> None:
+def _set_open(config: Config, key: str, value: Any) -> None:
     """Sets a field of the open section, of whatever type it was before."""
     config.model.overrides = _open_section({**config.model.overrides.to_dict(), key: value})
 
 
-def load(source: str | os.PathLike[str], overrides: Mapping[str, str] | None = None) -> ConfigDict:
+def load(source: str | os.PathLike[str], overrides: Mapping[str, str] | None = None) -> Config:
     """Runs the `get_config()` of an experiment and applies overrides to what it returns.
 
     Args:
@@ -206,7 +210,7 @@ def experiments() -> dict[str, pathlib.Path]:
     return {path.stem: path for path in sorted(folder.glob("*.py")) if "\ndef get_config(" in path.read_text("utf-8")}
 
 
-def _run_file(path: pathlib.Path, source: str) -> ConfigDict:
+def _run_file(path: pathlib.Path, source: str) -> Config:
     from ml_collections import ConfigDict
 
     specification = importlib.util.spec_from_file_location(f"compax_experiment_{path.stem}", path)
@@ -250,12 +254,12 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
-def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config as a flat dict: dotted field name to value, the open section `model.overrides` included."""
     return dict(_walk(config, ""))
 
 
-def _walk(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _walk(section: Config | Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in section.items():
         name = prefix + str(key)
         if isinstance(value, Mapping) or hasattr(value, "to_dict"):
@@ -264,7 +268,7 @@ def _walk(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def override(config: ConfigDict, name: str, text: str) -> None:
+def override(config: Config, name: str, text: str) -> None:
     """Sets one field from text, as the command line does.
 
     Args:
@@ -365,7 +369,7 @@ def _kind_name(kind: type) -> str:
     return _KINDS.get(kind, kind.__name__)
 
 
-def _assign(config: ConfigDict, name: str, value: Any, *, where: str) -> None:
+def _assign(config: Config, name: str, value: Any, *, where: str) -> None:
     if name.startswith(_OPEN + "."):
         _set_open(config, name[len(_OPEN) + 1 :], value)
         return
@@ -377,16 +381,16 @@ def _assign(config: ConfigDict, name: str, value: Any, *, where: str) -> None:
         value = tuple(value)
     if type(value) is not kind:
         raise ConfigError(f"{where}: field '{name}' is {_kind_name(kind)}, got {value!r} ({type(value).__name__})")
-    if kind is tuple and not all(isinstance(part, str) for part in value):
+    if isinstance(value, tuple) and not all(isinstance(part, str) for part in value):
         raise ConfigError(f"{where}: field '{name}' is a list of texts, got {value!r}")
     *sections, last = name.split(".")
-    section = config
+    section: Any = config
     for key in sections:
         section = section[key]
     section[last] = value
 
 
-def check(config: ConfigDict) -> None:
+def check(config: Config) -> None:
     """Checks ranges, choices and the fields that depend on each other.
 
     Raises:
@@ -418,17 +422,17 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def run_directory(config: ConfigDict) -> pathlib.Path:
+def run_directory(config: Config) -> pathlib.Path:
     """Returns where a run keeps its files."""
     return pathlib.Path(config.directory or pathlib.Path("runs") / config.name)
 
 
-def to_json(config: ConfigDict) -> str:
+def to_json(config: Config) -> str:
     """Returns a config as readable JSON; `from_json` reads it back."""
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
-def from_json(text: str, *, where: str) -> ConfigDict:
+def from_json(text: str, *, where: str) -> Config:
     """Reads the config that `to_json` wrote.
 
     Args:
@@ -455,7 +459,7 @@ def from_json(text: str, *, where: str) -> ConfigDict:
     return config
 
 
-def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+def differences(old: Config, new: Config) -> list[str]:
     """Returns a line for each field in which two configs differ and that decides what training computes."""
     before, after = flatten(old), flatten(new)
     lines = []

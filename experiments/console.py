@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Console:
         self.rich.print(table)
 
     @contextlib.contextmanager
-    def progress(self, total: int, done: int) -> Iterator[Progress]:
+    def progress(self, total: int, done: int) -> Generator[Progress]:
         """Shows the progress of training from step `done` to `total` while the block runs."""
         if not self.rich.is_terminal:
             yield _Lines(self, total)

@@ -21,17 +21,15 @@ import shutil
 import sysconfig
 import tempfile
 import tokenize
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from compax.errors import DataError
 from compax.experiments import tokenizer as tokenizers
+from compax.experiments.config import Config
 from compax.experiments.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 # Changes when the files under a cache key would hold something else.
@@ -51,7 +49,7 @@ class Document:
         return len(self.text.encode())
 
 
-def documents(data: ConfigDict) -> list[Document]:
+def documents(data: Config) -> list[Document]:
     """Reads the corpus that the config's section `data` names, sorted by name.
 
     Raises:
@@ -182,7 +180,7 @@ class Corpus:
     identity: str
 
 
-def prepare(config: ConfigDict, report: Callable[[str], None] = lambda line: None) -> Corpus:
+def prepare(config: Config, report: Callable[[str], None] = lambda line: None) -> Corpus:
     """Returns the tokenized corpus of a config, from the cache if it was made before.
 
     Args:
@@ -228,7 +226,7 @@ def _digest(found: Sequence[Document]) -> str:
 
 
 def _tokenizer(
-    config: ConfigDict, train: Sequence[Document], cache: pathlib.Path, report: Callable[[str], None]
+    config: Config, train: Sequence[Document], cache: pathlib.Path, report: Callable[[str], None]
 ) -> Tokenizer:
     if config.file:
         return tokenizers.load(pathlib.Path(config.file).expanduser())
@@ -304,14 +302,15 @@ class Sequences:
     def __repr__(self) -> str:
         return f"Sequences({len(self)} x {self.sequence_length} tokens)"
 
-    def describe(self, indices: Sequence[int]) -> str:
+    def describe(self, indices: Iterable[int]) -> str:
         """Names sequences and the files that they come from, in a few words for a message."""
         names: dict[str, None] = {}
+        indices = [int(index) for index in indices]
         for index in indices:
-            start = int(index) * self.sequence_length
+            start = index * self.sequence_length
             names |= dict.fromkeys(self.tokens.files(start, start + self.sequence_length))
         files = ", ".join(list(names)[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
-        shown = ", ".join(str(int(index)) for index in list(indices)[:8]) + (", ..." if len(indices) > 8 else "")
+        shown = ", ".join(str(index) for index in indices[:8]) + (", ..." if len(indices) > 8 else "")
         return f"sequences {shown} (from {files})"
 
 

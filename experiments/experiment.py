@@ -6,17 +6,15 @@ import signal
 from typing import TYPE_CHECKING
 
 from compax.experiments import compress, generate, programs
-from compax.experiments.config import run_directory
+from compax.experiments.config import Config, run_directory
 from compax.experiments.preemption import Preemption, Stopped
 from compax.experiments.train import Trained, train
 
 if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
     from compax.experiments.console import Console
 
 
-def run(config: ConfigDict, console: Console) -> int:
+def run(config: Config, console: Console) -> int:
     """Trains as the config says, or goes on; then compresses the trained program and continues the prompts with both.
 
     Returns:

@@ -10,7 +10,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +20,20 @@ from flax import nnx
 import compax
 from compax.errors import ConfigError, WeightsError
 from compax.experiments import runs
-from compax.experiments.config import closest
+from compax.experiments.config import Config, closest
 from compax.experiments.console import Console
 from compax.experiments.tokenizer import Tokenizer
 from compax.models import load_decoder, load_tokenizer, smollm2_path
 from compax.models.decoder import DecoderConfig, KVCache
 
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
 GENERATE = "generate"
 KNOWN_WEIGHTS = {"smollm2-135m": smollm2_path}
 _SHORTEST = 8
+# What passes are tried on: ordinary prose, since a model's errors on anything else say little about it.
+SAMPLE = (
+    "The river rises in the mountains, crosses three countries and reaches the sea after more than a thousand miles. "
+    "Most of the towns along it were founded by merchants, who carried salt and timber down the valley every spring."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Sampling:
                 raise ConfigError(f"generation: {name} is {value}, it must be at least {least}")
 
     @classmethod
-    def of_config(cls, config: ConfigDict) -> Sampling:
+    def of_config(cls, config: Config) -> Sampling:
         """Returns what the config's section `generation` says."""
         section = config.generation
         return cls(section.tokens, section.temperature, section.top_k, config.seed)
@@ -171,7 +173,7 @@ def _padded(length: int) -> int:
 
 
 def from_run(
-    config: ConfigDict,
+    config: Config,
     pipeline: str,
     prompts: Sequence[str],
     sampling: Sampling,
@@ -206,15 +208,15 @@ def from_model(model: str, pipeline: str, prompts: Sequence[str], sampling: Samp
     path = weights_path(model)
     inner = load_decoder(path)
     tokenizer = Tokenizer(load_tokenizer(path))
-    program = captured(inner, pipeline, model)
+    program = captured(inner, pipeline, model, tokenizer.encode(SAMPLE))
     generator = Generator(program, inner.config, tokenizer, sampling)
     for prompt in prompts:
         generator(prompt).show(console, model)
 
 
-def captured(inner: Any, pipeline: str, name: str) -> compax.Program:
-    """Captures a decoder on a few tokens and applies a pipeline."""
-    tokens = jnp.arange(16, dtype=jnp.int32).reshape(1, 16) % inner.config.vocab_size
+def captured(inner: Any, pipeline: str, name: str, ids: np.ndarray) -> compax.Program:
+    """Captures a decoder on tokens, int32[tokens], and applies a pipeline, which is checked on them."""
+    tokens = jnp.asarray(ids, jnp.int32)[None]
     program = compax.capture(inner, tokens, mode="eval", name=pathlib.Path(name).stem.split("-")[0])
     return compax.Pipeline.parse(pipeline)(program, tokens)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax.numpy as jnp
 from flax import nnx
 
@@ -11,17 +9,15 @@ import compax
 from compax.analysis.coverage import coverage
 from compax.errors import ConfigError
 from compax.experiments import generate, programs, runs
-from compax.experiments.config import closest
+from compax.experiments.config import Config, closest
 from compax.experiments.console import Console
-from compax.models import decoder, load_decoder
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
+from compax.experiments.tokenizer import Tokenizer
+from compax.models import decoder, load_decoder, load_tokenizer
 
 _TOKENS = 128
 
 
-def inspect_config(config: ConfigDict, pipeline: str, console: Console, *, abstract: bool) -> None:
+def inspect_config(config: Config, pipeline: str, console: Console, *, abstract: bool) -> None:
     """Prints the training program of a config.
 
     Args:
@@ -41,7 +37,7 @@ def inspect_config(config: ConfigDict, pipeline: str, console: Console, *, abstr
     show(compax.Pipeline.parse(pipeline)(program, *samples), console)
 
 
-def inspect_run(config: ConfigDict, pipeline: str, console: Console) -> None:
+def inspect_run(config: Config, pipeline: str, console: Console) -> None:
     """Prints the trained program of a run.
 
     Raises:
@@ -60,7 +56,9 @@ def inspect_model(model: str, pipeline: str, console: Console, *, abstract: bool
         WeightsError: The weights cannot be loaded.
     """
     if model in generate.KNOWN_WEIGHTS and not abstract:
-        show(generate.captured(load_decoder(generate.weights_path(model)), pipeline, model), console)
+        path = generate.weights_path(model)
+        ids = Tokenizer(load_tokenizer(path)).encode(generate.SAMPLE)
+        show(generate.captured(load_decoder(path), pipeline, model, ids), console)
         return
     if model not in decoder.SIZES:
         raise ConfigError(f"no model '{model}'{closest(model, decoder.SIZES)}")

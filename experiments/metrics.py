@@ -42,14 +42,14 @@ class Metrics:
 
         What is not finite becomes null: JSON has no word for it.
         """
-        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         if not values:
             return
-        self._files[file].write(json.dumps({"step": step, **values}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._files[file].write(json.dumps({"step": step, **finite}) + "\n")
         self._files[file].flush()
         if self._events is not None:
             for name, value in values.items():
-                self._events.add_scalar(name, math.nan if value is None else value, step)
+                self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Closes the files."""
@@ -89,11 +89,10 @@ def plot(directory: pathlib.Path, report: Callable[[str], None]) -> pathlib.Path
         return None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for (name, points), style in zip(
-        curves.items(), ({"linewidth": 1.2}, {"marker": "o", "markersize": 4}), strict=True
-    ):
+    for (name, points), marker in zip(curves.items(), ("", "o"), strict=True):
         if points:
-            axes.plot(*zip(*points, strict=True), label=name, **style)
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, label=name, linewidth=1.2, marker=marker, markersize=4)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, nats per token (measured)")
     axes.set_title(directory.name)

@@ -17,17 +17,16 @@ import jax
 import jax.numpy as jnp
 
 from compax.errors import ConfigError
+from compax.experiments.config import Config
 
 if TYPE_CHECKING:
     import optax
-    from ml_collections import ConfigDict
-
-Schedule = Callable[[jax.Array | int], jax.Array]
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 _VECTORS = ("scale", "bias")
 _NOT_FOR_MUON = frozenset({"embed", "head"})
 
 
-def schedule(config: ConfigDict) -> Schedule:
+def schedule(config: Config) -> Schedule:
     """Returns the learning rate of a config as a function of the step, counted from 0.
 
     Raises:
@@ -75,43 +74,45 @@ def decays(params: dict[str, Any]) -> dict[str, Any]:
     return {path: of(path, value) for path, value in params.items()}
 
 
-def optimizer(config: ConfigDict) -> optax.GradientTransformation:
+def optimizer(config: Config) -> optax.GradientTransformation:
     """Returns the optimizer of a config: clipping, the update rule with its schedule, and decoupled weight decay.
 
     Its `init` and `update` take the trainable parameters of a program: a flat dict from path to array or encoding.
     """
     import optax
 
+    options = config.optimizer
+    clip = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
+    return optax.chain(*clip, _rule(config))
+
+
+def _rule(config: Config) -> optax.GradientTransformation:
+    import optax
+
     options, rate = config.optimizer, schedule(config)
-    parts = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
-    moments = {"b1": options.b1, "b2": options.b2}
-    decay = {"weight_decay": options.weight_decay, "mask": decays}
-    if options.name == "adamw":
-        parts.append(optax.adamw(rate, **moments, eps=options.eps, **decay))
-    elif options.name == "adam":
-        parts.append(optax.adam(rate, **moments, eps=options.eps))
-    elif options.name == "lion":
-        parts.append(optax.lion(rate, **moments, **decay))
-    elif options.name == "sgd":
-        parts += [optax.add_decayed_weights(options.weight_decay, decays)] if options.weight_decay else []
-        parts.append(optax.sgd(rate, momentum=options.b1 or None))
-    elif options.name == "adafactor":
+    b1, b2, eps, decay = options.b1, options.b2, options.eps, options.weight_decay
+    if options.name == "adam":
+        return optax.adam(rate, b1=b1, b2=b2, eps=eps)
+    if options.name == "lion":
+        return optax.lion(rate, b1=b1, b2=b2, weight_decay=decay, mask=decays)
+    if options.name == "sgd":
+        return optax.chain(optax.add_decayed_weights(decay, decays), optax.sgd(rate, momentum=b1 or None))
+    if options.name == "adafactor":
         # optax decays after the rate was applied: here the decay follows the schedule, as in the others.
-        weight_decay = (lambda step: options.weight_decay * rate(step)) if options.weight_decay else None
-        parts.append(optax.adafactor(rate, weight_decay_rate=weight_decay, weight_decay_mask=decays))
-    else:
-        matrices = optax.contrib.muon(
-            rate,
-            beta=options.b1,
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-            muon_weight_dimension_numbers=_as_matrices,
-            # Updates as large as adamw's, so that both share one learning rate.
-            consistent_rms=0.2,
-        )
-        others = optax.adamw(rate, **moments, eps=options.eps, **decay)
-        parts.append(optax.partition({"muon": matrices, "adamw": others}, _muon_or_adamw))
-    return optax.chain(*parts)
+        return optax.adafactor(rate, weight_decay_rate=lambda step: decay * rate(step), weight_decay_mask=decays)
+    adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=decay, mask=decays)
+    if options.name == "adamw":
+        return adamw
+    muon = optax.contrib.muon(
+        rate,
+        beta=b1,
+        eps=eps,
+        weight_decay=decay,
+        muon_weight_dimension_numbers=_as_matrices,
+        # Updates as large as adamw's, so that both share one learning rate.
+        consistent_rms=0.2,
+    )
+    return optax.partition({"muon": muon, "adamw": adamw}, _muon_or_adamw)
 
 
 def _muon_or_adamw(params: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def _muon_or_adamw(params: dict[str, Any]) -> dict[str, Any]:
     return {path: of(path, value) for path, value in decays(params).items()}
 
 
-def _as_matrices(params: dict[str, Any]) -> dict[str, Any]:
+def _as_matrices(params: Any) -> Any:
     """Says how muon sees its leaves: (input, output), and under a scan a stack of those."""
     import optax
 

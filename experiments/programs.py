@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,14 @@ from flax import nnx
 
 import compax
 from compax.errors import ConfigError
-from compax.experiments.config import closest
+from compax.experiments.config import Config, closest
 from compax.models import decoder
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
 
 TRAIN = "train"
 EVAL = "eval"
 
 
-def model_config(config: ConfigDict, vocabulary: int) -> decoder.DecoderConfig:
+def model_config(config: Config, vocabulary: int) -> decoder.DecoderConfig:
     """Returns the shape of the network: a named size, the tokenizer's vocabulary, and the overrides.
 
     Raises:
@@ -50,7 +47,7 @@ def model_config(config: ConfigDict, vocabulary: int) -> decoder.DecoderConfig:
     return dataclasses.replace(chosen, **changes)
 
 
-def build_model(config: ConfigDict, vocabulary: int, *, abstract: bool = False) -> decoder.Decoder:
+def build_model(config: Config, vocabulary: int, *, abstract: bool = False) -> decoder.Decoder:
     """Builds the model of a config, with parameters drawn from its seed, or (`abstract`) with their shapes alone."""
     shape = model_config(config, vocabulary)
 
@@ -60,12 +57,12 @@ def build_model(config: ConfigDict, vocabulary: int, *, abstract: bool = False) 
     return nnx.eval_shape(make) if abstract else make()
 
 
-def micro_batch(config: ConfigDict) -> int:
+def micro_batch(config: Config) -> int:
     """Returns how many sequences the model reads at a time."""
     return config.data.batch_size // config.optimizer.accumulation
 
 
-def capture(config: ConfigDict, model: decoder.Decoder) -> compax.Program:
+def capture(config: Config, model: decoder.Decoder) -> compax.Program:
     """Captures the loss of a model on micro-batches `{"tokens": int32[batch, sequence_length + 1]}`.
 
     Returns:
@@ -76,13 +73,13 @@ def capture(config: ConfigDict, model: decoder.Decoder) -> compax.Program:
     return program.with_entry(EVAL, batch, loss=decoder.loss, mode="eval")
 
 
-def example_batch(config: ConfigDict) -> dict[str, jax.Array]:
+def example_batch(config: Config) -> dict[str, jax.Array]:
     """Returns a batch with the shapes of training, for capturing and for trying passes on."""
     shape = (micro_batch(config), config.data.sequence_length + 1)
     return {"tokens": jax.random.randint(jax.random.key(config.seed), shape, 0, 256, jnp.int32)}
 
 
-def build_program(config: ConfigDict, vocabulary: int, *, abstract: bool = False) -> compax.Program:
+def build_program(config: Config, vocabulary: int, *, abstract: bool = False) -> compax.Program:
     """Returns the program that a config trains: the model's loss, with the config's pipeline applied.
 
     Raises:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import TYPE_CHECKING
 
 import jax
 
 import compax
 from compax.errors import CheckpointError
 from compax.experiments import checkpoint, compress, data, programs, tokenizer
-from compax.experiments.config import run_directory
+from compax.experiments.config import Config, run_directory
 from compax.experiments.console import Console
 from compax.experiments.evaluate import Evaluator
 from compax.models.decoder import DecoderConfig
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +29,7 @@ class Run:
         tokenizer: The run's.
     """
 
-    config: ConfigDict
+    config: Config
     directory: pathlib.Path
     step: int
     program: compax.Program
@@ -41,7 +37,7 @@ class Run:
     tokenizer: tokenizer.Tokenizer
 
 
-def restore(config: ConfigDict, *, compressed: bool = False) -> Run:
+def restore(config: Config, *, compressed: bool = False) -> Run:
     """Reads the last checkpoint of a run.
 
     Args:
@@ -73,7 +69,7 @@ def restore(config: ConfigDict, *, compressed: bool = False) -> Run:
     return Run(config, directory, step, program, shape, words)
 
 
-def configs_differ(directory: pathlib.Path, config: ConfigDict) -> list[str]:
+def configs_differ(directory: pathlib.Path, config: Config) -> list[str]:
     """Returns the fields in which a run's config and another differ, as far as they decide what was computed."""
     from compax.experiments.config import differences
 
@@ -86,7 +82,7 @@ def transformed(run: Run, pipeline: str) -> compax.Program:
     return compax.Pipeline.parse(pipeline)(run.program, batch, entry=programs.EVAL)
 
 
-def evaluate(config: ConfigDict, pipeline: str, console: Console, *, compressed: bool = False) -> None:
+def evaluate(config: Config, pipeline: str, console: Console, *, compressed: bool = False) -> None:
     """Measures a run on its evaluation text, and again after each pass of a pipeline.
 
     Raises:

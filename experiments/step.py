@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import compax
 from compax.errors import ConfigError
+from compax.experiments.config import Config
 from compax.experiments.optimizer import optimizer, schedule
 from compax.experiments.programs import TRAIN
 
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
-Step = Callable[["TrainState", dict[str, Any], jax.Array], tuple["TrainState", dict[str, jax.Array]]]
+Step = Callable[["TrainState", dict[str, Any], "jax.Array | np.ndarray"], tuple["TrainState", dict[str, jax.Array]]]
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +39,7 @@ class TrainState:
     skipped: jax.Array
 
 
-def start(config: ConfigDict, program: compax.Program) -> tuple[TrainState, dict[str, Any]]:
+def start(config: Config, program: compax.Program) -> tuple[TrainState, dict[str, Any]]:
     """Returns the state before the first step, and the parameters that are not trained.
 
     Raises:
@@ -58,7 +57,7 @@ def start(config: ConfigDict, program: compax.Program) -> tuple[TrainState, dict
     return TrainState(trainable, state, optimizer(config).init(trainable), zero, jnp.copy(zero)), frozen
 
 
-def make_step(config: ConfigDict, program: compax.Program) -> Step:
+def make_step(config: Config, program: compax.Program) -> Step:
     """Returns the jitted step `(state, frozen, tokens) -> (state, metrics)`; it donates the buffers of `state`.
 
     `tokens` is int32[accumulation, batch, sequence_length + 1]; gradients are the mean over the first dimension. An

@@ -11,7 +11,6 @@ import math
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -19,14 +18,11 @@ import numpy as np
 import compax
 from compax.errors import CheckpointError, CompaxError
 from compax.experiments import checkpoint, data, metrics, optimizer, programs
-from compax.experiments.config import run_directory
+from compax.experiments.config import Config, run_directory
 from compax.experiments.console import Console, Progress, amount
 from compax.experiments.evaluate import Evaluation, Evaluator
 from compax.experiments.preemption import Preemption, Stopped
 from compax.experiments.step import Step, make_step, start
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
 
 
 class DivergenceError(CompaxError):
@@ -46,7 +42,7 @@ class Trained:
         evaluation: The loss at the end.
     """
 
-    config: ConfigDict
+    config: Config
     directory: pathlib.Path
     program: compax.Program
     corpus: data.Corpus
@@ -54,7 +50,7 @@ class Trained:
     evaluation: Evaluation
 
 
-def train(config: ConfigDict, console: Console, preemption: Preemption) -> Trained:
+def train(config: Config, console: Console, preemption: Preemption) -> Trained:
     """Trains, or goes on training, until `config.steps`.
 
     Args:
@@ -88,7 +84,7 @@ def train(config: ConfigDict, console: Console, preemption: Preemption) -> Train
         return Trained(config, directory, trained, corpus, loop.evaluator, evaluation)
 
 
-def preflight(config: ConfigDict) -> None:
+def preflight(config: Config) -> None:
     """Finds what is wrong with the parts of a config that other modules read, before anything is made on disk.
 
     Raises:
@@ -102,7 +98,7 @@ def preflight(config: ConfigDict) -> None:
     compax.Pipeline.parse(config.compress).check(trained.passes)
 
 
-def describe(program: compax.Program, config: ConfigDict, console: Console) -> None:
+def describe(program: compax.Program, config: Config, console: Console) -> None:
     """Prints what is about to be trained, and on what."""
     trainable, _ = program.partition()
     total, count = (sum(value.size for value in params.values()) for params in (program.params, trainable))
@@ -122,7 +118,7 @@ class _Loop:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: Config,
         console: Console,
         preemption: Preemption,
         program: compax.Program,
@@ -281,7 +277,7 @@ def _due(step: int, every: int) -> bool:
 class _Clock:
     """Measures the speed of training between two lines of the log, without evaluations and checkpoints."""
 
-    def __init__(self, config: ConfigDict, progress: Progress):
+    def __init__(self, config: Config, progress: Progress):
         self._tokens, self._total = config.data.batch_size * config.data.sequence_length, config.steps
         self._progress = progress
         self._start: tuple[int, float] | None = None

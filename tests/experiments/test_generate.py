@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import compax
 from compax.errors import ConfigError
 from compax.experiments import generate, programs
 from compax.experiments import tokenizer as tokenizers
 from compax.experiments.generate import Generator, Sampling
-from flax import nnx
 
 TEXT = "def f(self):\n    return self\n" * 4
 
@@ -22,6 +23,10 @@ def words() -> tokenizers.Tokenizer:
 @pytest.fixture
 def model(make, words):
     return programs.build_model(make(), words.vocabulary)
+
+
+def captured(model, pipeline: str = "") -> compax.Program:
+    return generate.captured(model, pipeline, "model", np.arange(16))
 
 
 def greedy(model, ids: list[int], count: int, end: int | None) -> list[int]:
@@ -39,7 +44,7 @@ def greedy(model, ids: list[int], count: int, end: int | None) -> list[int]:
 @pytest.mark.parametrize("prompt", ["def", "def f(self):\n    return self\n"])
 @pytest.mark.parametrize("pipeline", ["", "quantize(weights=int8)"])
 def test_greedy_continuation_is_the_models_own(make, model, words, prompt, pipeline):
-    program = generate.captured(model, pipeline, "model")
+    program = captured(model, pipeline)
     found = Generator(program, model.config, words, Sampling(tokens=9))(prompt)
     if not pipeline:
         assert list(found.tokens) == greedy(model, words.encode(prompt).tolist(), 9, words.end)
@@ -54,7 +59,7 @@ def test_training_program_generates_as_well(make, model, words):
 
 
 def test_sampling_is_decided_by_the_seed(model, words):
-    program = generate.captured(model, "", "model")
+    program = captured(model)
 
     def sample(seed: int) -> tuple[int, ...]:
         return Generator(program, model.config, words, Sampling(tokens=12, temperature=2.0, seed=seed))("def").tokens
@@ -74,7 +79,7 @@ def test_what_is_refused(model, words):
     with pytest.raises(ConfigError, match="temperature is -1"):
         Sampling(temperature=-1)
     with pytest.raises(ConfigError, match="prompt is empty"):
-        Generator(generate.captured(model, "", "model"), model.config, words, Sampling())("")
+        Generator(captured(model), model.config, words, Sampling())("")
 
 
 @pytest.mark.slow
