@@ -332,6 +332,21 @@ def test_values_sown_before_capture_are_state() -> None:
     assert {np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)} == {np.asarray(output).tobytes()}
 
 
+def test_arrays_without_a_variable_are_state() -> None:
+    class Table(nnx.Module):
+        def __init__(self) -> None:
+            self.weight = nnx.Param(jnp.ones(D))
+            self.table = jnp.arange(D, dtype=jnp.float32)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x * self.weight + self.table
+
+    model = Table()
+    program = capture(model, rows())
+    assert (set(program.params), set(program.state)) == ({"weight"}, {"table"})
+    np.testing.assert_allclose(program(rows()), model(rows()), rtol=1e-6)
+
+
 def test_a_write_to_a_parameter_is_refused() -> None:
     class Decays(nnx.Module):
         def __init__(self) -> None:

@@ -83,6 +83,16 @@ def test_keyword_and_positional_arguments_both_work() -> None:
     np.testing.assert_allclose(program(x=rows()), 2 * rows(), rtol=1e-6)
 
 
+def test_arguments_that_may_be_none() -> None:
+    def model(params: Any, x: jax.Array, mask: Any = None) -> jax.Array:
+        return x * params if mask is None else jnp.where(mask, x, 0)
+
+    program = capture(model, jnp.ones(D), rows(), None)
+    np.testing.assert_array_equal(program(rows(), None), rows())
+    np.testing.assert_array_equal(program(rows()), rows())
+    np.testing.assert_array_equal(program(rows(), rows() > 0), jnp.where(rows() > 0, rows(), 0))
+
+
 def test_random_keys_are_arguments() -> None:
     def model(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
         return x * params + jax.random.normal(key, x.shape)
@@ -287,6 +297,41 @@ def test_caches_inside_pytrees() -> None:
     assert names(program)[1:3] == ["caches.layers.0.position", "caches.layers.0.rows"]
     program(rows(1), caches)
     assert [int(cache.position[...]) for cache in caches["layers"]] == [1, 1]
+
+
+@pytest.mark.parametrize("options", [{"ref": True}, {"hijax": True}], ids=["ref", "hijax"])
+def test_caches_with_variables_in_newer_modes(options: dict[str, bool]) -> None:
+    cache, reference = nnx.with_vars(Cache(), **options), Cache()
+    program = capture(Remembers(), rows(1), cache)
+    for _ in range(2):
+        program(rows(1), cache)
+        Remembers()(rows(1), reference)
+    np.testing.assert_allclose(cache.rows[...], reference.rows[...], rtol=1e-6)
+    assert int(cache.position[...]) == 2
+
+
+def test_a_list_of_caches() -> None:
+    class Layers(nnx.Module):
+        def __call__(self, x: jax.Array, caches: nnx.List[Cache]) -> jax.Array:
+            for cache in caches:
+                cache.append(x)
+            return x
+
+    caches = nnx.List([Cache(), Cache()])
+    capture(Layers(), rows(1), caches)(rows(1), caches)
+    assert [int(cache.position[...]) for cache in caches] == [1, 1]
+
+
+def test_a_cache_that_is_returned_as_well() -> None:
+    class Returns(nnx.Module):
+        def __call__(self, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+            cache.append(x)
+            return x, cache
+
+    cache = Cache()
+    _, returned = capture(Returns(), rows(1), cache)(rows(1), cache)
+    assert isinstance(returned, Cache)
+    assert (int(returned.position[...]), int(cache.position[...])) == (1, 1)
 
 
 def test_another_length_of_the_cache_is_another_graph() -> None:

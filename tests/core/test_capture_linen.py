@@ -140,6 +140,31 @@ def test_a_function_of_one_array() -> None:
     assert_same(program(rows()), rows() @ jnp.eye(D))
 
 
+def test_parameters_that_are_no_jax_arrays_become_some() -> None:
+    params = {"w": np.ones(D, np.float32), "index": np.arange(D), "scale": 2.0}
+    program = capture(lambda params, x: x[:, params["index"]] * params["w"] * params["scale"], params, rows())
+    assert all(isinstance(p, jax.Array) for p in program.params.values())
+    assert {path: str(p.dtype) for path, p in program.params.items()} == {
+        "index": "int32",
+        "scale": "float32",
+        "w": "float32",
+    }
+    program.check()
+    assert set(program.partition()[0]) == {"w", "scale"}
+    np.testing.assert_allclose(program(rows()), 2 * rows(), rtol=1e-6)
+    half = rows().astype(jnp.bfloat16)
+    scaled = capture(lambda params, x: x * params["scale"], {"scale": 2.0}, half)
+    assert scaled(half).dtype == jnp.bfloat16, "a Python number stays weak"
+
+
+def test_a_captured_gradient() -> None:
+    def gradient(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.grad(lambda w: jnp.tanh(x @ w).sum())(w)
+
+    program = capture(gradient, jnp.eye(D), rows())
+    assert_same(program(rows()), jax.jit(gradient)(jnp.eye(D), rows()))
+
+
 def test_a_function_without_parameters_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"captured as fn\(params, \*inputs\)"):
         capture(lambda params: params)

@@ -150,3 +150,24 @@ def test_a_program_is_compiled_once_for_each_signature() -> None:
     program(rows(5))
     program(rows(5))
     assert traces == 2
+
+
+def test_capture_inside_jit() -> None:
+    @jax.jit
+    def run(w: jax.Array, x: jax.Array) -> jax.Array:
+        return capture(scaled, w, x)(x)
+
+    np.testing.assert_allclose(run(jnp.eye(D), rows()), 2 * rows(), rtol=1e-6)
+
+
+def test_vmap_over_random_state() -> None:
+    model = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    program = capture(model, rows(), mode="train")
+    keys = jax.random.split(jax.random.key(0), 3)
+    state = {**program.state, "rngs.key": keys}
+    axes = {path: 0 if path == "rngs.key" else None for path in state}
+    outputs = jax.vmap(lambda state: program.apply({}, state, rows())[0], in_axes=(axes,))(state)
+    for output, key in zip(outputs, keys, strict=True):
+        expected, _, _ = program.apply({}, {**program.state, "rngs.key": key}, rows())
+        np.testing.assert_array_equal(output, expected)
+    assert not np.array_equal(outputs[0], outputs[1])
