@@ -122,6 +122,11 @@ class Manifest:
             raise CheckpointError(f"the config cannot be saved as JSON: {reason(error)}") from error
 
 
+def replaced_by(target: Path) -> Path:
+    """Where a checkpoint is while another one takes its name."""
+    return target.with_name(f".{target.name}.replaced")
+
+
 def read_manifest(directory: str | Path) -> Manifest:
     """Reads what a checkpoint says about itself.
 
@@ -133,7 +138,10 @@ def read_manifest(directory: str | Path) -> Manifest:
     """
     source = Path(directory).absolute()
     if not source.is_dir():
-        raise CheckpointError(f"no checkpoint at {source}: {'it is a file' if source.exists() else 'no such folder'}")
+        why = "it is a file" if source.exists() else "no such folder"
+        if not source.exists() and replaced_by(source).is_dir():
+            why = f"a process was killed while it replaced it; the one before is {replaced_by(source)}"
+        raise CheckpointError(f"no checkpoint at {source}: {why}")
     file = source / FILE
     if not file.is_file():
         raise CheckpointError(f"{source} is no checkpoint of compax: it holds no {FILE}")

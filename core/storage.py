@@ -30,7 +30,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from compax.encoding import Encoded, leaf_nbytes
-from compax.errors import CheckpointError, CompaxError
+from compax.errors import CaptureError, CheckpointError, CompaxError
 from compax.manifest import (
     FILE,
     FORMAT,
@@ -44,6 +44,7 @@ from compax.manifest import (
     parts,
     read_manifest,
     reason,
+    replaced_by,
 )
 from compax.pipeline import Pipeline
 from compax.program import Program, capture
@@ -96,8 +97,8 @@ def save(program: Program, directory: StrPath, *, config: Any = None, overwrite:
         for part, x in parts(value)
         if x.size
     }
-    partial, replaced = (target.with_name(f".{target.name}.{what}") for what in ("partial", "replaced"))
-    first = jax.process_index() == 0
+    partial, replaced = target.with_name(f".{target.name}.partial"), replaced_by(target)
+    first, existed = jax.process_index() == 0, target.exists()
     try:
         if first:
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
@@ -111,7 +112,8 @@ def save(program: Program, directory: StrPath, *, config: Any = None, overwrite:
             _rename(partial, target, replaced)
         _wait_for_all(f"end of {target}")
     except Exception as error:
-        raise CheckpointError(f"cannot save to {target}: {reason(error)}; nothing was left there") from error
+        left = "the older checkpoint is unchanged" if existed else "nothing was left there"
+        raise CheckpointError(f"cannot save to {target}: {reason(error)}; {left}") from error
     finally:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -158,15 +160,14 @@ def _files(directory: Path) -> dict[str, StoredFile]:
 
 def _rename(partial: Path, target: Path, replaced: Path) -> None:
     """Gives a finished folder its name; what had that name comes back if it fails."""
-    shutil.rmtree(replaced, ignore_errors=True)
-    if not target.exists():
-        partial.rename(target)
-        return
-    target.rename(replaced)
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
     try:
         partial.rename(target)
     except OSError:
-        replaced.rename(target)
+        if replaced.exists():
+            replaced.rename(target)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -211,13 +212,18 @@ def load(
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or it was saved from another model or pipeline; names
             what is missing, unknown or different, and the likely reason.
-        CaptureError: the model cannot be captured.
+        CaptureError: the model cannot be captured, or inputs were given with a program.
         PipelineError: `pipeline` is malformed.
     """
     source = Path(directory).absolute()
     manifest = read_manifest(source)
     _check_files(source / ARRAYS, manifest)
-    program = model if isinstance(model, Program) else capture(model, *inputs, **capture_options)
+    if not isinstance(model, Program):
+        program = capture(model, *inputs, **capture_options)
+    elif inputs or capture_options:
+        raise CaptureError("example inputs and options of capture go with a model; a program was captured with its own")
+    else:
+        program = model
     replayed, later = _passes(source, manifest, program, pipeline)
     program = program.replace(params=jax.tree.map(_shape, program.params), state=jax.tree.map(_shape, program.state))
     try:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from checkpoints import QUANTIZE, D, Network, assert_same, rows
 from compax import manifest, storage
-from compax.errors import CheckpointError
+from compax.errors import CaptureError, CheckpointError
 from compax.pipeline import Pipeline
 from compax.program import Program, capture
 from compax.storage import load, save
@@ -75,11 +75,10 @@ def test_a_save_that_fails_leaves_nothing(
         (directory / "half").write_bytes(b"0" * 100)
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    left = "the older checkpoint is unchanged" if overwrite else "nothing was left there"
     with monkeypatch.context() as patch:
         patch.setattr(storage, "_write", fill_the_disk)
-        with pytest.raises(
-            CheckpointError, match=r"cannot save to .*target: No space left on device; nothing was left"
-        ):
+        with pytest.raises(CheckpointError, match=f"cannot save to .*target: No space left on device; {left}"):
             save(program, target, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == (["target"] if overwrite else [])
     if overwrite:
@@ -92,6 +91,43 @@ def test_what_a_killed_process_left_is_cleared(quantized: Program, tmp_path: Pat
     save(quantized, tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
     assert_same(load(tmp_path / "target", Network(), rows(), mode="train"), quantized)
+
+
+def test_a_process_that_is_killed_between_two_names_loses_nothing(
+    saved: Path, quantized: Program, tmp_path: Path
+) -> None:
+    shutil.copytree(saved, tmp_path / ".target.replaced")
+    fails(
+        tmp_path / "target",
+        r"no checkpoint at .*target: a process was killed .* the one before is .*\.target\.replaced",
+    )
+    assert_same(load(tmp_path / ".target.replaced", quantized), quantized)
+    save(quantized, tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_name_that_cannot_be_taken_stays_with_the_older_checkpoint(
+    saved: Path, quantized: Program, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(saved, tmp_path / "target")
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name == ".target.partial":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        with pytest.raises(CheckpointError, match="Input/output error; the older checkpoint is unchanged"):
+            save(program, tmp_path / "target", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert_same(load(tmp_path / "target", quantized), quantized)
+
+
+def test_inputs_are_not_given_with_a_program(saved: Path, quantized: Program) -> None:
+    with pytest.raises(CaptureError, match="go with a model"):
+        load(saved, quantized, rows())
 
 
 def test_what_cannot_be_saved_is_said_before_anything_is_written(program: Program, tmp_path: Path) -> None:
