@@ -336,6 +336,6 @@ def test_large_unrolled_model_takes_less_than_a_second():
     config = decoder.SIZES["smollm2-135m"]
     model = nnx.eval_shape(lambda: decoder.Decoder(config, rngs=nnx.Rngs(0)))
     program = capture(model, jax.ShapeDtypeStruct((1, 32), jnp.int32))
-    start = time.perf_counter()
+    start = time.process_time()
     verify(program)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
