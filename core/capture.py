@@ -17,7 +17,7 @@ from flax import nnx
 
 from compax import _jax, ir
 from compax.errors import CaptureError, SignatureError
-from compax.sources import Arrays, Source, function_source, join, linen_source, nnx_source, unwrap
+from compax.sources import Arrays, Source, function_source, join, linen_source, nnx_source, plain, unwrap
 
 LARGE_CONSTANT_BYTES = 4096
 """From this size on, a floating array that a plain function closes over is a parameter."""
@@ -220,7 +220,7 @@ def take_apart(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             ) from error
     definition = None
     if objects:
-        definition, state = nnx.split(tuple(objects))
+        definition, state = nnx.split(plain(tuple(objects)))
         for path, variable in nnx.to_flat_state(state):
             arrays.append(unwrap(variable))
             array_names.append(join((object_names[int(str(path[0]))], *path[1:])))
@@ -285,8 +285,7 @@ def _merge_objects(definition: Any, arrays: Sequence[Any]) -> Any:
 
 def update_objects(objects: tuple[Any, ...], values: Sequence[Any]) -> None:
     """Writes the variables that a call returned into the caller's objects."""
-    _, state = nnx.split(objects)
-    flat = list(nnx.to_flat_state(state))
+    flat = list(nnx.to_flat_state(nnx.state(plain(objects))))
     new = [(path, _refill(variable, value)) for (path, variable), value in zip(flat, values, strict=True)]
     nnx.update(objects, nnx.from_flat_state(new))
 
@@ -416,8 +415,7 @@ def _count_dynamic(signature: Signature) -> int:
 def _struct(x: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return x
-    logical = getattr(x, "logical_aval", None)
-    return _jax.as_struct(logical if logical is not None else _jax.abstract(x))
+    return _jax.as_struct(_jax.abstract(x))
 
 
 def _describe(arguments: Arguments) -> str:

@@ -375,7 +375,8 @@ def capture(
         mutable: collections that a Linen module may write, as in `module.apply`.
         name: what the program is called in print.
         entry: the name of this entry.
-        **kwargs: example inputs by name; for Linen also `rngs`.
+        **kwargs: example inputs by name; for Linen also `rngs`. Arguments of the model that are called like an option
+            above are passed by position.
 
     Returns:
         The program. Parameters that are `jax.ShapeDtypeStruct` stay so: nothing needs memory.
@@ -389,10 +390,10 @@ def capture(
     chosen = Entry(entry, source, mode, tuple(constant), tuple(static))
     arguments = take_apart(chosen, rest, kwargs)
     captured, closed_over = trace_entry(chosen, arguments, params, state)
-    params = {**params, **closed_over}
-    title = name or getattr(model, "__name__", None) or type(model).__name__
+    store = {path: x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x) for path, x in params.items()}
+    title = name or getattr(getattr(model, "func", model), "__name__", None) or type(model).__name__
     return Program(
-        params=params,
+        params={**store, **closed_over},
         state=state,
         graphs={(entry, arguments.signature): captured},
         entries={entry: chosen},

@@ -66,6 +66,11 @@ def argument_names(function: Callable[..., Any], skip: int) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind in positional)[skip:]
 
 
+def plain(node: Any) -> Any:
+    """The same graph with plain variables; they may be references, or JAX types of their own, which cannot be split."""
+    return nnx.with_vars(node, hijax=False, ref=False, allow_duplicates=True)
+
+
 def leaves(flat: Iterable[tuple[Sequence[Any], Any]]) -> Arrays:
     """The arrays of a flat NNX state by joined path; a variable that holds a pytree gives one for each leaf."""
     result = {}
@@ -134,8 +139,7 @@ def nnx_source(
     Raises:
         CaptureError: the mode is unknown or the method is missing.
     """
-    # Variables may be references or JAX types of their own; a copy with plain ones is what can be taken apart.
-    model = nnx.with_vars(model, hijax=False, ref=False)
+    model = plain(model)
     if mode is not None:
         model = nnx.merge(*nnx.split(model), copy=True)
         if mode == "train":

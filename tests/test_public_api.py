@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 PUBLIC: dict[str, list[str]] = {
-    "compax": ["CompaxError", "Encoded", "Pipeline", "Program", "capture", "load", "save"],
+    "compax": ["CompaxError", "Encoded", "Pipeline", "Program", "capture", "load", "save", "verify"],
     "compax.experiments": [],
     "compax.models": [
         "Decoder",

@@ -12,11 +12,11 @@ import flax
 import jax
 import jax.numpy as jnp
 import pytest
-import stablehlo
-import zoo
 from flax import nnx
 
 import compax
+import stablehlo
+import zoo
 from compax.experiments.benchmarks.bodies import BODIES, Body
 from compax.models import decoder
 
