@@ -155,7 +155,7 @@ class _Row:
         uses: for each parameter its path and how it is stored.
         notes: what else is to be said.
         opaque: why the sites cannot be rewritten, or empty.
-        share: share of floating-point operations.
+        flops: floating-point operations.
     """
 
     name: tuple[Any, ...]
@@ -164,11 +164,10 @@ class _Row:
     uses: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     opaque: str
-    share: float
+    flops: int
 
 
 def _site_rows(program: "Program", sites: "Sequence[Site]") -> list[_Row]:
-    total = sum(site.flops for site in sites)
     rows = []
     for site in sites:
         name, _, occurrence = site.name.partition("#")
@@ -180,7 +179,7 @@ def _site_rows(program: "Program", sites: "Sequence[Site]") -> list[_Row]:
                 uses=tuple((use.parameter, format_text(program.params[use.parameter])) for use in site.uses),
                 notes=tuple(_notes(program, site)),
                 opaque=site.opaque,
-                share=site.flops / total if total else 0.0,
+                flops=site.flops,
             )
         )
     return _gather_rows(rows) if len(rows) > _MANY_SITES else rows
@@ -228,7 +227,7 @@ def _gather_rows(rows: list[_Row]) -> list[_Row]:
                 first = merged[key]
                 name = list(first.name)
                 name[position] = (stem, (*first.name[position][1], *numbers))
-                merged[key] = dataclasses.replace(first, name=tuple(name), share=first.share + row.share)
+                merged[key] = dataclasses.replace(first, name=tuple(name), flops=first.flops + row.flops)
             else:
                 merged[key] = row
         rows = list(merged.values())
@@ -287,10 +286,11 @@ def _name_text(row: _Row, *, suffix: bool = True) -> str:
 
 
 def _lines(rows: Sequence[_Row], parameter: Callable[[_Row, str], str]) -> list[str]:
+    total = sum(row.flops for row in rows)
     cells: list[list[str]] = []
     for row in rows:
         uses = [(parameter(row, path), text) for path, text in row.uses] or [("", "")]
-        share = share_text(row.share) if row.share else ""
+        share = share_text(row.flops / total) if row.flops else ""
         cells.append([_name_text(row), row.kind, *uses[0], share.rjust(5), ", ".join(row.notes)])
         cells += [["", "", path, text, "", ""] for path, text in uses[1:]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -1,0 +1,374 @@
+"""The text form of programs and graphs: what a person reads, and that the same program always gives the same text."""
+
+import dataclasses
+import functools
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import compax
+import zoo
+from compax import ir
+from compax.experiments.benchmarks.bodies import BODIES, Body
+from compax.models import decoder
+from compax.printing import bytes_text, count_text, flops_text, format_text, graph_text, program_text, share_text
+from small import program_of, run
+
+D = 8
+
+
+def ones(*shape: int) -> jax.Array:
+    return jnp.ones(shape, jnp.float32)
+
+
+def unindented(text: str) -> str:
+    return textwrap.dedent(text).strip("\n")
+
+
+def abstract_decoder(size: str, **options: Any) -> compax.Program:
+    config = dataclasses.replace(decoder.SIZES[size], **options)
+    model = nnx.eval_shape(lambda: decoder.Decoder(config, rngs=nnx.Rngs(0)))
+    return compax.capture(model, *decoder.example_inputs(config, sequence=16))
+
+
+@functools.cache
+def smollm2() -> compax.Program:
+    return abstract_decoder("smollm2-135m")
+
+
+# -- Numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (count_text(0), "0"),
+        (count_text(950), "950"),
+        (count_text(12_345), "12.3K"),
+        (count_text(124_400_000), "124.4M"),
+        (count_text(999_960), "1.0M"),
+        (count_text(6_738_000_000), "6.7B"),
+        (bytes_text(12), "12 B"),
+        (bytes_text(62_200_000), "62.2 MB"),
+        (bytes_text(3e18), "3000.0 PB"),
+        (flops_text(1_240_000_000), "1.2 GFLOPs"),
+        (share_text(0.0), "0%"),
+        (share_text(1.0), "100%"),
+        (share_text(0.99999), "99.9%"),
+        (share_text(0.00001), "0.1%"),
+        (share_text(0.123), "12.3%"),
+    ],
+)
+def test_numbers(text: str, expected: str) -> None:
+    assert text == expected
+
+
+def test_formats() -> None:
+    assert format_text(jax.ShapeDtypeStruct((32, 8), jnp.bfloat16)) == "bf16[32,8]"
+    assert format_text(run("quantize()", program_of()).params["embed.embedding"]) == "int8[12,8]"
+    assert format_text(run("quantize(train=true)", program_of()).params["embed.embedding"]) == "simulated int8[12,8]"
+
+
+# -- Programs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_program() -> None:
+    assert program_text(program_of()) == unindented(
+        """
+        program model(tokens: i32[2,4]) -> f32[2,4,12]                                256 parameters, 1.0 kB
+          embed     embedding  @embed.embedding  f32[12,8]
+          blocks.0  linear     @blocks.0.kernel  f32[8,8]   28.6%
+          blocks.1  linear     @blocks.1.kernel  f32[8,8]   28.6%
+          embed#2   linear     @embed.embedding  f32[12,8]  42.9%
+          and 4 parameters that no site consumes, 128 B
+          4 sites: 1 embedding, 3 linear; 3.6 kFLOPs a call (predicted)
+        """
+    )
+
+
+def test_what_passes_did() -> None:
+    program = run("quantize(at=blocks.*, activations=int8) | freeze(at=norm.*)", program_of())
+    text = [line for line in str(program).splitlines() if "compared" not in line]
+    assert text == unindented(
+        """
+        program model(tokens: i32[2,4]) -> f32[2,4,12]                                 256 parameters, 704 B
+          embed     embedding  @embed.embedding  f32[12,8]
+          blocks.0  linear     @blocks.0.kernel  int8[8,8]  28.6%  activations int8
+          blocks.1  linear     @blocks.1.kernel  int8[8,8]  28.6%  activations int8
+          embed#2   linear     @embed.embedding  f32[12,8]  42.9%
+          and 4 parameters that no site consumes, 128 B
+          4 sites: 1 embedding, 3 linear; 3.6 kFLOPs a call (predicted)
+          2 of 7 parameters frozen
+          1. quantize(at=blocks.*, activations=int8); 2 rewritten; 1.0 kB -> 704 B
+          2. freeze(at=norm.*); 2 rewritten
+        """
+    ).split("\n")
+
+
+def test_reasons_are_gathered() -> None:
+    program = run('quantize(at="**:linear")', program_of())
+    assert "     skipped embed#2: shared with embed, which is not selected" in str(program).splitlines()
+
+
+def test_many_reasons_are_shortened() -> None:
+    program = run("quantize(at=blocks.0.**) | quantize()", smollm2())
+    (line,) = [line for line in str(program).splitlines() if "already" in line]
+    assert line.startswith("     skipped blocks.0.attn.query, blocks.0.attn.key")
+    assert line.endswith("more: already int8")
+    assert 80 < len(line) <= 100
+
+
+def test_equal_layers_are_gathered() -> None:
+    text = str(smollm2())
+    assert len(text.splitlines()) == 14
+    assert "  blocks.{0..29}.mlp.down       linear     @blocks.{0..29}.mlp.down.kernel    f32[1536,576]" in text
+    assert "272 sites: 1 embedding, 211 linear, 60 matmul" in text
+
+
+def test_layers_that_differ_are_not_gathered() -> None:
+    program = compax.Pipeline.parse('quantize(at="**, !blocks.3.**, !blocks.7.mlp.up")')(
+        abstract_decoder("smollm2-135m")
+    )
+    text = str(program)
+    assert re.search(r"blocks\.\{0\.\.2,4\.\.6,8\.\.29\}\.mlp\.up +linear .* int8\[", text)
+    assert re.search(r"blocks\.\{3,7\}\.mlp\.up +linear .* f32\[", text)
+    assert re.search(r"blocks\.3\.mlp\.down +linear .* f32\[", text)
+
+
+def test_two_numbers_in_a_name() -> None:
+    params = {"stages": [{"blocks": [{"w": ones(D, D)} for _ in range(3)]} for _ in range(10)]}
+
+    def function(p: Any, x: jax.Array) -> jax.Array:
+        for stage in p["stages"]:
+            for block in stage["blocks"]:
+                x = x @ block["w"]
+        return x
+
+    text = str(compax.capture(function, params, ones(4, D)))
+    assert "  stages.{0..9}.blocks.{0..2}  linear  @stages.{0..9}.blocks.{0..2}.w  f32[8,8]   100%" in text
+
+
+def test_numbered_names_of_linen() -> None:
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            for _ in range(30):
+                x = nn.Dense(D)(x)
+            return x
+
+    x = ones(2, D)
+    text = str(compax.capture(Model(), x, variables=Model().init(jax.random.key(0), x)))
+    assert "  Dense_{0..29}  linear  @Dense_{0..29}.kernel  f32[8,8]   100%" in text
+
+
+def test_long_names_are_written_from_the_site_on() -> None:
+    params = {"a_very_long_name_of_a_module" * 2: {"kernel_of_the_module": ones(D, D), "bias": ones(D)}}
+    name = next(iter(params))
+
+    def function(p: Any, x: jax.Array) -> jax.Array:
+        return x @ p[name]["kernel_of_the_module"] + p[name]["bias"]
+
+    text = str(compax.capture(function, params, ones(4, D)))
+    assert f"  {name}  linear  @.kernel_of_the_module  f32[8,8]   100%" in text
+
+
+def test_several_parameters_of_one_site() -> None:
+    def function(p: Any, x: jax.Array) -> jax.Array:
+        return x @ jnp.concatenate([p["attn"]["q"], p["attn"]["k"]], 1)
+
+    text = str(compax.capture(function, {"attn": {name: ones(D, D) for name in "qk"}}, ones(4, D)))
+    lines = [line.split() for line in text.splitlines()[1:3]]
+    assert lines == [["attn", "linear", "@attn.q", "f32[8,8]", "100%"], ["@attn.k", "f32[8,8]"]]
+
+
+def test_loops_and_what_cannot_be_rewritten() -> None:
+    bodies = {body.name: body for body in BODIES}
+
+    def text_of(name: str) -> str:
+        return str(compax.capture(bodies[name].make(), *bodies[name].inputs()))
+
+    assert text_of("nested scans").splitlines()[1].endswith("x2 x3")
+    assert text_of("while_loop").splitlines()[1].endswith("in a loop of unknown length")
+    assert text_of("custom_vjp").splitlines()[2].startswith("    left as it is: inside custom_vjp_call")
+
+
+def test_entries_state_and_trees() -> None:
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.norm = nnx.BatchNorm(D, rngs=nnx.Rngs(0))
+
+        def __call__(self, batch: dict[str, jax.Array]) -> Any:
+            return {"y": self.norm(batch["x"]), "n": batch["y"]}
+
+    batch = {"x": ones(4, D), "y": ones(3)}
+    program = compax.capture(Model(), batch, mode="train").with_entry("eval", batch, mode="eval")
+    first = str(program).splitlines()[0]
+    assert first.startswith("program model.call(batch.x: f32[4,8], batch.y: f32[3]) -> (f32[3], f32[4,8])")
+    assert program_text(program, "eval").startswith("program model.eval(")
+    assert "  state: 2 arrays, 64 B" in str(program)
+    assert "  entries: call, eval" in str(program)
+    assert "  no sites" in str(program)
+
+
+def test_many_arrays_are_counted() -> None:
+    cache = {str(i): ones(2) for i in range(9)}
+    program = compax.capture(lambda p, x, cache: (x @ p, cache), ones(D, D), ones(4, D), cache)
+    assert str(program).startswith("program program(x: f32[4,8], cache: 9 arrays) -> 10 arrays")
+
+
+def test_lines_keep_within_the_width() -> None:
+    program = run("quantize(activations=int8)", smollm2())
+    for width in (60, 80, 100, 160):
+        lines = program_text(program, width=width).splitlines()
+        assert len(lines[0]) <= width
+        assert width < 100 or max(map(len, lines)) <= width
+
+
+@zoo.foreign_warnings
+@pytest.mark.parametrize("name", zoo.ENTRIES)
+def test_models_of_others(name: str) -> None:
+    model = zoo.load(name)
+    options = {} if model.variables is None else {"variables": model.variables}
+    program = compax.capture(model.module, *model.inputs, **options, **model.kwargs)
+    for text in (program_text(program), program_text(program, ops=True)):
+        assert "0x" not in text
+        assert " object at " not in text
+
+
+# -- Graphs -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_graph() -> None:
+    @jax.jit
+    def layer(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.tanh(jax.lax.dot_general(x, w, (((1,), (0,)), ((), ()))))
+
+    def function(p: Any, x: jax.Array, flag: jax.Array) -> jax.Array:
+        return jax.lax.cond(flag, lambda x: jax.lax.sin(x), lambda x: x, layer(p["w"], layer(p["w"], x)))
+
+    program = compax.capture(function, {"w": ones(D, D)}, ones(4, D), jnp.bool_(True))
+    assert program_text(program, ops=True) == unindented(
+        """
+        program function(x: f32[4,8], flag: bool[]) -> f32[4,8]                         64 parameters, 256 B
+        graph {
+          %0: f32[8,8] parameter w
+          %1: f32[4,8] argument x
+          %2: bool[] argument flag
+          %3: f32[4,8] = jit ^1(%0, %1) name='layer'
+            ^1(%4: f32[8,8], %5: f32[4,8])
+              %6: f32[4,8] = dot_general(%5, %4) dimension_numbers=(((1,), (0,)), ((), ()))
+              %7: f32[4,8] = tanh(%6)
+              return %7
+          %8: f32[4,8] = jit ^1(%0, %3) name='layer'
+          %9: i32[] = convert_element_type(%2) new_dtype=i32
+          %10: f32[4,8] = cond ^2 ^3(%9, %8)
+            ^2(%11: f32[4,8])
+              return %11
+            ^3(%12: f32[4,8])
+              %13: f32[4,8] = sin(%12)
+              return %13
+          return %10
+        }
+        """
+    )
+
+
+def test_a_body_that_several_operations_hold_is_printed_once() -> None:
+    layer = jax.jit(lambda x: jnp.tanh(x))
+    text = graph_text(ir.trace(lambda x: layer(layer(layer(x))), jax.ShapeDtypeStruct((3,), jnp.float32)))
+    assert text.count("tanh") == 1
+    assert text.count("jit ^1(") == 3
+
+
+def test_attributes_are_ours() -> None:
+    """Functions by name, meshes and shardings in short, what is false or empty left out, no address."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec("a", None))
+
+    def function(x: jax.Array, i: jax.Array) -> jax.Array:
+        x = jax.checkpoint(jnp.sin, policy=jax.checkpoint_policies.dots_saveable)(x)
+        x = jax.nn.relu(jax.lax.with_sharding_constraint(x, sharding))
+        noise = jax.random.normal(jax.random.key(0), x.shape)
+        return x[i] + noise[i] + jax.pure_callback(np.sin, jax.ShapeDtypeStruct((3, 8), jnp.float32), x[i])
+
+    text = graph_text(ir.trace(function, jax.ShapeDtypeStruct((4, 8), jnp.float32), jax.ShapeDtypeStruct((3,), int)))
+    assert "sharding=sharding(mesh(a=4, b=2), P('a', -))" in text
+    assert "mode=PROMISE_IN_BOUNDS" in text
+    for absent in ("0x", "None", "False", "UnspecifiedValue", "\t", "  \n"):
+        assert absent not in text
+
+
+def test_constants_are_written_by_digest() -> None:
+    table = np.arange(64, dtype=np.float32).reshape(8, 8)
+
+    def text_of(array: np.ndarray) -> str:
+        closed = jax.make_jaxpr(lambda x: x + jnp.asarray(array))(ones(8, 8))
+        return graph_text(ir.import_jaxpr(closed))
+
+    assert text_of(table) == text_of(table.copy())
+    assert text_of(table) != text_of(table + 1)
+    assert "sha256:" in text_of(table)
+
+
+def test_operations_of_ours() -> None:
+    text = program_text(run("quantize(activations=int8, at=blocks.0)", program_of()), ops=True)
+    assert re.search(r"= quantized_contraction \^\d+\(%\d+, %\d+\) activations='int8', weight=1\n", text)
+    assert "\n  1. quantize(at=blocks.0, activations=int8); 1 rewritten;" in text
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.name)
+def test_two_captures_give_the_same_text(body: Body) -> None:
+    one, other = (program_text(compax.capture(body.make(), *body.inputs()), ops=True) for _ in range(2))
+    assert one == other
+    assert "0x" not in one
+
+
+def test_every_value_is_defined_before_it_is_read() -> None:
+    text = program_text(abstract_decoder("tiny", scan=True, remat=True), ops=True)
+    defined: set[str] = set()
+    for line in text.splitlines():
+        left, _, right = line.partition(" = ") if " = " in line else (line, "", "")
+        if "return" in line:
+            right = line
+        else:
+            defined |= set(re.findall(r"(%\d+):", left))
+        assert set(re.findall(r"%\d+", right)) <= defined
+    assert len(defined) > 100
+
+
+SCRIPT = """
+import jax, jax.numpy as jnp, compax
+from compax.printing import program_text
+def model(params, x, i):
+    x = jax.nn.gelu(x @ params["b"]["w"]) + jax.random.uniform(jax.random.key(1), x.shape)
+    return {"y": jax.checkpoint(jnp.sin)(x), "a": params["a"][i]}
+params = {"b": {"w": jnp.ones((4, 4))}, "a": jnp.ones((3, 4)), "c": jnp.ones(2)}
+print(program_text(compax.capture(model, params, jnp.ones((2, 4)), jnp.zeros(2, int)), ops=True))
+"""
+
+
+def test_the_text_is_the_same_in_every_process() -> None:
+    """Whatever the order of hashes."""
+    texts = [
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            env={**os.environ, "PYTHONHASHSEED": seed, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "12345")
+    ]
+    assert texts[0] == texts[1]
+    assert "program model(" in texts[0]
