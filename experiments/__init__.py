@@ -1,1 +1,1 @@
-"""Part of compax."""
+"""The runner behind the command `compax`, and the experiments that come with it."""

@@ -48,7 +48,7 @@ class Report:
             )
         console.table(
             f"passes, evaluated on {self.before.tokens} tokens",
-            ("pass", "sites", "parameters", "bytes (computed)", "loss (measured)", "perplexity", "seconds (measured)"),
+            ("pass", "sites", "parameters", "bytes (measured)", "loss (measured)", "perplexity", "seconds (measured)"),
             rows,
         )
         for record in self.records:

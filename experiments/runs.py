@@ -10,6 +10,7 @@ import jax
 import compax
 from compax.errors import CheckpointError
 from compax.experiments import checkpoint, compress, data, programs, tokenizer
+from compax.experiments import config as configs
 from compax.experiments.config import Config, run_directory
 from compax.experiments.console import Console
 from compax.experiments.evaluate import Evaluator
@@ -48,7 +49,7 @@ def restore(config: Config, *, compressed: bool = False) -> Run:
         CheckpointError: There is no checkpoint, it is damaged, or the run was made by another config.
     """
     directory = run_directory(config)
-    different = configs_differ(directory, config)
+    different = configs.differences(checkpoint.read_config(directory), config)
     if different:
         raise CheckpointError(f"{directory} holds a run with another config: {'; '.join(different)}")
     checkpoints = checkpoint.Checkpoints(directory, read_only=True)
@@ -63,17 +64,8 @@ def restore(config: Config, *, compressed: bool = False) -> Run:
         if not folder.is_dir():
             raise CheckpointError(f"{directory} holds no compressed program: its config has no `compress`")
         return Run(config, directory, step, compax.load(folder, program), shape, words)
-    trainable, frozen = program.partition()
-    found = checkpoints.restore(step, {"params": trainable, "state": program.state})
-    program = program.replace(params={**frozen, **found["params"]}, state=found["state"])
-    return Run(config, directory, step, program, shape, words)
-
-
-def configs_differ(directory: pathlib.Path, config: Config) -> list[str]:
-    """Returns the fields in which a run's config and another differ, as far as they decide what was computed."""
-    from compax.experiments.config import differences
-
-    return differences(checkpoint.read_config(directory), config)
+    found = checkpoints.restore(step, {"params": program.params, "state": program.state})
+    return Run(config, directory, step, program.replace(**found), shape, words)
 
 
 def transformed(run: Run, pipeline: str) -> compax.Program:
@@ -89,8 +81,7 @@ def evaluate(config: Config, pipeline: str, console: Console, *, compressed: boo
         CompaxError: There is no usable checkpoint or text, or the pipeline fails.
     """
     run = restore(config, compressed=compressed)
-    with config.unlocked():
-        config = config.copy_and_resolve_references()
+    config = configs.from_json(configs.to_json(config), where="the config")
     config.tokenizer.file = str(run.directory / checkpoint.TOKENIZER)
     corpus = data.prepare(config, console.say)
     held = data.Sequences(corpus.eval, config.data.sequence_length)

@@ -11,6 +11,7 @@ import math
 import pathlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -80,7 +81,7 @@ def train(config: Config, console: Console, preemption: Preemption) -> Trained:
         evaluation = loop.run()
         if config.log.plot:
             metrics.plot(directory, console.say)
-        trained = program.replace(params={**loop.frozen, **loop.state.params}, state=loop.state.state)
+        trained = program.replace(params=loop.params, state=loop.state.state)
         return Trained(config, directory, trained, corpus, loop.evaluator, evaluation)
 
 
@@ -154,7 +155,9 @@ class _Loop:
                 f"{self.directory} was trained on another text than there is now (another Python, or changed files): "
                 "choose another folder with --config.directory=FOLDER"
             )
-        self.state = self.checkpoints.restore(latest, self.state)
+        found = self.checkpoints.restore(latest, dataclasses.replace(self.state, params=self.params))
+        self.state = dataclasses.replace(found, params={path: found.params[path] for path in self.state.params})
+        self.frozen = {path: found.params[path] for path in self.frozen}
         try:
             self.batches.state = meta["data"]
         except (KeyError, TypeError, ValueError) as error:
@@ -207,7 +210,7 @@ class _Loop:
                         f"{self.directory}, the same command goes on from it",
                     )
         if evaluation is None:
-            evaluation = self.evaluator({**self.frozen, **self.state.params}, self.state.state)
+            evaluation = self.evaluator(self.params, self.state.state)
             self._say(evaluation)
         return evaluation
 
@@ -249,7 +252,7 @@ class _Loop:
         self.console.say(f"{where}; update skipped")
 
     def _evaluate(self) -> Evaluation:
-        evaluation = self.evaluator({**self.frozen, **self.state.params}, self.state.state)
+        evaluation = self.evaluator(self.params, self.state.state)
         self.metrics.write(self.step, {"eval_loss": evaluation.loss, "eval_perplexity": evaluation.perplexity})
         self._say(evaluation)
         return evaluation
@@ -267,7 +270,12 @@ class _Loop:
             "pipeline": self.config.pipeline,
             "text": self.text,
         }
-        self.checkpoints.save(self.step, self.state, meta)
+        self.checkpoints.save(self.step, dataclasses.replace(self.state, params=self.params), meta)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """All parameters, those that are not trained included."""
+        return {**self.frozen, **self.state.params}
 
 
 def _due(step: int, every: int) -> bool:

@@ -19,7 +19,7 @@ def begin(config: str, directory: Path) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    output = process.communicate(timeout=150)[0].decode()
+    output = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 0, output
     return output
 
@@ -34,18 +34,18 @@ def wait_for_step(process: subprocess.Popen, directory: Path, step: int) -> None
 
 
 def test_killed_then_preempted_then_finished(experiment, tmp_path: Path):
-    config = experiment(steps=400, checkpoint__every=7, evaluation__every=50, model__overrides__dropout=0.1)
+    config = experiment(steps=160, checkpoint__every=7, evaluation__every=30, model__overrides__dropout=0.1)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(begin(config, whole))
 
     process = begin(config, broken)
-    wait_for_step(process, broken, random.randint(20, 120))
+    wait_for_step(process, broken, random.randint(20, 60))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 
     process = begin(config, broken)
-    wait_for_step(process, broken, random.randint(180, 280))
+    wait_for_step(process, broken, random.randint(80, 120))
     process.send_signal(signal.SIGTERM)
     assert "stopped by SIGTERM after step" in finish(process)
 
@@ -58,7 +58,7 @@ def test_ctrl_c_saves_and_says_so(experiment, tmp_path: Path):
     process = begin(experiment(steps=100_000), directory)
     wait_for_step(process, directory, 10)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0].decode()
+    output = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 130, output
     assert "stopped by SIGINT after step" in output
     assert "Traceback" not in output
