@@ -150,17 +150,15 @@ def main() -> None:
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as process:
             columns.append(process.submit(column, name, order).result())
-    rows = [
-        (body.name, *(cells[number] for cells in columns), ", ".join(body.site_names))
-        for number, body in enumerate(BODIES)
-    ]
+    rows = [(body.name, *(cells[number] for cells in columns)) for number, body in enumerate(BODIES)]
     counts = [" / ".join(map(str, summary(cells))) for cells in columns]
     qwix = "" if missing("Qwix") else f", Qwix {importlib.metadata.version('qwix')}"
     reporting.print_table(
         f"Relative error of int8 weights and activations{qwix}",
-        ("body", *(f"{name}\n{order}" for name, order in headings), "weights"),
-        [*rows, ("right / NOOP / float! / error", *counts, "")],
+        ("body", *(f"{name}\n{order}" for name, order in headings)),
+        [*rows, ("in all", *counts)],
         basis="measured",
+        footer=["In all: right / NOOP / float! / error."],
     )
 
 
