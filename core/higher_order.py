@@ -31,19 +31,28 @@ def rebuild(evaluator: "Evaluator", op: Op, operands: list[Any]) -> list[Any]:
     return _REBUILD[op.name](evaluator, op, operands)
 
 
-def _body(evaluator: "Evaluator", graph: Graph) -> Callable[..., list[Any]]:
-    return lambda *args: evaluator.run(graph, args)
+def _body(evaluator: "Evaluator", graph: Graph, operands: list[Any]) -> Callable[..., list[Any]]:
+    """A body as a function. What loops around hold, they hold inside under the body's own names."""
+    held = [evaluator.loops_holding(x) for x in operands]
+
+    def function(*args: Any) -> list[Any]:
+        for x, loops in zip(args, held, strict=True):
+            evaluator.hold(x, loops)
+        return evaluator.run(graph, args)
+
+    return function
 
 
-def _dense_body(evaluator: "Evaluator", graph: Graph, needed_by: str) -> Callable[..., list[Any]]:
-    return lambda *args: [evaluator.dense(x, needed_by) for x in evaluator.run(graph, args)]
+def _dense_body(evaluator: "Evaluator", graph: Graph, operands: list[Any], needed_by: str) -> Callable[..., list[Any]]:
+    function = _body(evaluator, graph, operands)
+    return lambda *args: [evaluator.dense(x, needed_by) for x in function(*args)]
 
 
 def _jit(evaluator: "Evaluator", op: Op, operands: list[Any]) -> list[Any]:
     attributes, body = op.attributes, op.bodies[0]
-    key = ("jit", id(body))
-    if key not in evaluator.memo:
-        function = _body(evaluator, body)
+    key = ("jit", id(body), tuple(map(evaluator.loops_holding, operands)))
+    if key not in evaluator.memo or evaluator.observer is not None:
+        function = _body(evaluator, body, operands)
         function.__name__ = attributes["name"]
         options = dict(attributes.get("compiler_options_kvs") or ())
         evaluator.memo[key] = jax.jit(function, inline=attributes["inline"], compiler_options=options or None)
@@ -68,7 +77,7 @@ def _place(x: Any, sharding: Any) -> Any:
 def _remat(evaluator: "Evaluator", op: Op, operands: list[Any]) -> list[Any]:
     policy = op.attributes["policy"]
     function = jax.checkpoint(
-        _body(evaluator, op.bodies[0]),
+        _body(evaluator, op.bodies[0], operands),
         prevent_cse=op.attributes["prevent_cse"],
         policy=None if policy is None else _dots_by_name(policy),
     )
@@ -149,7 +158,7 @@ def _while(evaluator: "Evaluator", op: Op, operands: list[Any]) -> list[Any]:
 
 def _cond(evaluator: "Evaluator", op: Op, operands: list[Any]) -> list[Any]:
     index, *rest = operands
-    branches = [_dense_body(evaluator, body, "cond output") for body in op.bodies]
+    branches = [_dense_body(evaluator, body, rest, "cond output") for body in op.bodies]
     return list(jax.lax.switch(index, branches, *rest))
 
 
@@ -158,9 +167,10 @@ def _shard_map(evaluator: "Evaluator", op: Op, operands: list[Any]) -> list[Any]
     specs = attributes["in_specs"]
     in_specs = tuple(x.spec(spec) if isinstance(x, Encoded) else spec for x, spec in zip(operands, specs, strict=True))
 
+    body = _dense_body(evaluator, op.bodies[0], operands, "shard_map output")
+
     def local(*args: Any) -> list[Any]:
-        marked = [x.manual(spec) if isinstance(x, Encoded) else x for x, spec in zip(args, specs, strict=True)]
-        return [evaluator.dense(x, "shard_map output") for x in evaluator.run(op.bodies[0], marked)]
+        return body(*(x.manual(spec) if isinstance(x, Encoded) else x for x, spec in zip(args, specs, strict=True)))
 
     function = jax.shard_map(
         local,

@@ -185,6 +185,15 @@ class Evaluator:
             raise LoweringError(f"a pass changed the body of '{op.name}', which can only be bound as JAX recorded it")
         return _jax.bind(op.equation, [self.dense(x, op.name) for x in operands])
 
+    def loops_holding(self, x: Any) -> tuple[int, ...]:
+        """Which of the loops around hold `x` the same in every turn."""
+        return tuple(i for i, (_, held) in enumerate(self._loops) if any(x is h for h in held))
+
+    def hold(self, x: Any, loops: Sequence[int]) -> None:
+        """Says that loops hold `x` as well: the same array under another name, inside a body."""
+        for i in loops:
+            self._loops[i][1].append(x)
+
     def dense(self, x: Any, needed_by: str) -> Any:
         """An operand as a dense array; unpacking an encoding is logged.
 
@@ -230,10 +239,19 @@ def _layout(op: Op, operands: list[Any]) -> list[Any] | None:
         ):
             return [result]
         return None
+    if op.name == "stack" and all(isinstance(x, Encoded) for x in operands):
+        return _stack(operands, attributes["axis"])
     if op.name == "optimization_barrier":
         return list(jax.lax.optimization_barrier(tuple(operands)))
     if not isinstance(first, Encoded) or any(isinstance(x, Encoded) for x in operands[1:]):
         return None
+    if op.name == "split":
+        return _split(first, attributes["axis"], attributes["sizes"])
+    if op.name == "unstack":
+        axis = attributes["axis"]
+        parts = _split(first, axis, (1,) * first.shape[axis])
+        squeezed = [part.squeeze((axis,)) for part in parts or ()]
+        return None if parts is None or any(x is None for x in squeezed) else squeezed
     result: Any = None
     if op.name == "convert_element_type":
         result = first.astype(attributes["new_dtype"])
@@ -260,6 +278,25 @@ def _layout(op: Op, operands: list[Any]) -> list[Any] | None:
     elif op.name in ("pvary", "pcast"):
         result = first.leafwise(lambda leaf: _jax.bind(op.equation, [leaf])[0])
     return None if result is None else [result]
+
+
+def _stack(parts: Sequence[Any], axis: int) -> list[Any] | None:
+    shape = [*parts[0].shape[:axis], 1, *parts[0].shape[axis:]]
+    rows = [part.reshape(shape) for part in parts]
+    if any(row is None for row in rows):
+        return None
+    result = rows[0].concatenate(rows[1:], axis)
+    return None if result is None else [result]
+
+
+def _split(x: Encoded, axis: int, sizes: Sequence[int]) -> list[Any] | None:
+    parts, start = [], 0
+    for size in sizes:
+        slices = [(0, dim, 1) for dim in x.shape]
+        slices[axis] = (start, start + size, 1)
+        parts.append(x.slice(tuple(slices)))
+        start += size
+    return None if any(part is None for part in parts) else parts
 
 
 def _constrain(x: Encoded, sharding: Any) -> Encoded | None:

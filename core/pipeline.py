@@ -334,7 +334,7 @@ def _must_precede(one: Pass, other: Pass) -> str | None:
         return f"'{other.name}' requires it"
     if one.name in other.after:
         return f"'{other.name}' comes after it where both are used"
-    if PHASES.index(one.phase) < PHASES.index(other.phase):
+    if "any" not in (one.phase, other.phase) and PHASES.index(one.phase) < PHASES.index(other.phase):
         return f"'{one.name}' is of the phase {one.phase}, '{other.name}' of the phase {other.phase}"
     return None
 

@@ -436,6 +436,8 @@ def _empty(value: Any) -> bool:
         return all(map(_empty, value))
     if isinstance(value, (dict, frozenset, set, str)):
         return not value
+    if isinstance(value, enum.Enum):
+        return value.name == "AUTO"
     return isinstance(value, (jax.sharding.Mesh, jax.sharding.AbstractMesh)) and value.empty
 
 

@@ -46,7 +46,7 @@ class Site:
         uses: the parameters that it consumes; none for a matmul.
         weight: which operand derives from them.
         flops: floating-point operations in one call of the program (2 for a multiply-add), loops of known length
-            counted in full.
+            counted in full, and all devices of a `shard_map`.
         loops: lengths of the loops around it; 0 where it is not known before running.
         opaque: why the operation cannot be rewritten, or empty.
     """
@@ -99,6 +99,7 @@ def find_sites(captured: Captured) -> tuple[Site, ...]:
 class _Finder:
     def __init__(self) -> None:
         self.found: list[tuple[Site, frozenset[str]]] = []
+        self.devices = 1
 
     def visit(
         self, graph: Graph, inputs: Sequence[_Fact], prefix: Path, loops: tuple[int, ...], opaque: str
@@ -137,7 +138,7 @@ class _Finder:
         if found is None:
             return False
         kind, uses, weight, flops = found
-        times = math.prod(length or 1 for length in loops)
+        times = self.devices * math.prod(length or 1 for length in loops)
         site = Site("", kind, path, op, uses, weight, flops * times, loops, opaque)
         self.found.append((site, frozenset().union(*(fact.near for fact in facts))))
         return True
@@ -160,6 +161,12 @@ class _Finder:
             ]
         if op.name == "while":
             return self._while(op, facts, step, loops, opaque)
+        if op.name == "shard_map":
+            mesh, outside = op.attributes["mesh"], self.devices
+            self.devices *= math.prod(mesh.shape[name] for name in op.attributes["newly_manual_axes"])
+            outputs = self.visit(bodies[0], facts, step, loops, opaque)
+            self.devices = outside
+            return outputs
         if op.name == "cond":
             results = [
                 self.visit(body, facts[1:], (*step[:-1], (step[-1][0], index)), loops, opaque)
@@ -269,9 +276,10 @@ def _gather(op: Op, facts: Sequence[_Fact]) -> _Found | None:
         return None
     indexed = set(op.attributes["dimension_numbers"].start_index_map)
     sizes = op.attributes["slice_sizes"]
-    if any(sizes[d] != table.shape[d] for d in range(len(sizes)) if d not in indexed):
+    row = [dim for dim in range(len(sizes)) if dim not in indexed]
+    if not row or any(sizes[dim] != table.shape[dim] for dim in row):
         return None
-    return "embedding", _uses(origin, [d for d in range(len(sizes)) if d not in indexed]), 0, 0
+    return "embedding", _uses(origin, row), 0, 0
 
 
 def _floating(x: Operand) -> bool:

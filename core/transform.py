@@ -212,7 +212,7 @@ class Pass:
     name: ClassVar[str] = ""
     """The name in text, given by `@register`."""
     phase: ClassVar[str] = ""
-    """One of `PHASES`."""
+    """One of `PHASES`; or "any", if it may stand anywhere in a pipeline."""
     requires: ClassVar[tuple[str, ...]] = ()
     """Passes that must have run before."""
     conflicts: ClassVar[tuple[str, ...]] = ()
@@ -342,8 +342,8 @@ def _problem(name: str, pass_type: type[Pass]) -> str | None:
         return "put it above @dataclasses.dataclass(frozen=True, kw_only=True)"
     if not name.isidentifier():
         return "a name is letters, digits and underscores"
-    if pass_type.phase not in PHASES:
-        return f"'phase' is one of {', '.join(PHASES)}"
+    if pass_type.phase not in (*PHASES, "any"):
+        return f"'phase' is one of {', '.join(PHASES)}, any"
     for key, annotation in field_types(pass_type).items():
         if not text.supported(annotation):
             return f"the type of the option '{key}' has no text form"

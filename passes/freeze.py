@@ -33,7 +33,7 @@ class Freeze(Pass):
         SelectorError: `at` matches no parameter.
     """
 
-    phase: ClassVar[str] = "placement"
+    phase: ClassVar[str] = "any"
     contract: ClassVar[Any] = Exact()
     paper: ClassVar[str] = "Yosinski et al. 2014, arXiv 1411.1792"
     example: ClassVar[str] = "freeze(at=embed.**)"

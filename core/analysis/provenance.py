@@ -54,12 +54,19 @@ def layout(op: Op, operands: Sequence[Origin | None]) -> Origin | None:
         return None
     if op.name == "concatenate":
         return _concatenate(operands)
+    if op.name == "stack":
+        axis = op.attributes["axis"]
+        unsqueezed = [o and o.map(lambda dims: (*dims[:axis], frozenset(), *dims[axis:])) for o in operands]
+        return _concatenate(unsqueezed)
     first = operands[0]
     if first is None:
         return None
     attributes = op.attributes
     if op.name in _SAME:
         return first
+    if op.name == "unstack":
+        axis = op.attributes["axis"]
+        return first.map(lambda dims: (*dims[:axis], *dims[axis + 1 :]))
     if op.name == "transpose":
         return first.map(lambda dims: [dims[i] for i in attributes["permutation"]])
     if op.name == "squeeze":
@@ -90,6 +97,7 @@ _SAME = frozenset(
         "all_gather_invariant",
         "reduce_precision",
         "rev",
+        "split",
     }
 )
 

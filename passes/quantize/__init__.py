@@ -129,6 +129,8 @@ class Quantize(Pass):
             if self.activations and site.kind != "embedding" and usable:
                 if site.opaque:
                     reason = f"activations stay as they are: {site.opaque}"
+                elif site.op.name == QUANTIZED and site.op.attributes["simulated"] == self.train:
+                    reason = reason or "activations are int8 already"
                 else:
                     decisions[site.name] = {"simulated": self.train}
                     status, reason = "rewritten", ""
@@ -140,7 +142,7 @@ class Quantize(Pass):
         replacements: dict[ir.Path, ir.Replacement] = {}
         made: dict[tuple[int, bool], ir.Replacement] = {}
         for site in find_sites(captured) if decisions else ():
-            if site.name not in decisions:
+            if site.name not in decisions or site.opaque:
                 continue
             simulated = decisions[site.name]["simulated"]
             if site.op.name == QUANTIZED and site.op.attributes["simulated"] == simulated:

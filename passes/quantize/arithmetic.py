@@ -22,12 +22,13 @@ def absmax_scale(x: jax.Array, dims: Sequence[int], axes: Sequence[str] = ()) ->
         axes: manual mesh axes that split those dimensions; the maximum is taken over them too.
 
     Returns:
-        float32, with the rank of `x` and size 1 along `dims`. Where all is zero the scale is 1.
+        float32, with the rank of `x` and size 1 along `dims`. Where all is zero the scale is 1; where anything is no
+        number, neither is the scale, nor what is decoded with it.
     """
     largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=tuple(dims), keepdims=True)
     if axes:
         largest = jax.lax.pmax(largest, tuple(axes))
-    return jnp.where(largest > 0, largest / INT8_MAX, 1.0)
+    return jnp.where(largest == 0, 1.0, largest / INT8_MAX)
 
 
 def to_integers(x: jax.Array, scale: jax.Array) -> jax.Array:

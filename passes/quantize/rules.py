@@ -269,9 +269,16 @@ _compiled_product = jax.jit(scaled_product, static_argnums=4)
 @rule("conv_general_dilated", SeenArray)
 @rule("ragged_dot_general", SeenArray)
 def _seen(call: Call) -> list[jax.Array]:
-    operands = list(call.operands)
-    operands[call.index] = call.encoded.decode()
-    return call.again(call.op, operands)
+    """The product with the master as int8 would hold it; the backward pass rounds again rather than keep a copy."""
+
+    def product(*operands: Any) -> list[jax.Array]:
+        dense = [x.decode() if isinstance(x, SeenArray) else x for x in operands]
+        return call.again(call.op, dense)
+
+    outputs = jax.checkpoint(product)(*call.operands)
+    if call.op.name != "dot_general":
+        return outputs
+    return [name_dot(outputs[0], bool(call.op.attributes["dimension_numbers"][1][0]))]
 
 
 def _activation_dims(op: Op, weight: int) -> tuple[tuple[int, ...], int]:
