@@ -302,7 +302,9 @@ def test_attributes_are_ours() -> None:
         noise = jax.random.normal(jax.random.key(0), x.shape)
         return x[i] + noise[i] + jax.pure_callback(np.sin, jax.ShapeDtypeStruct((3, 8), jnp.float32), x[i])
 
-    text = graph_text(ir.trace(function, jax.ShapeDtypeStruct((4, 8), jnp.float32), jax.ShapeDtypeStruct((3,), int)))
+    text = graph_text(
+        ir.trace(function, jax.ShapeDtypeStruct((4, 8), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.int32))
+    )
     assert "sharding=sharding(mesh(a=4, b=2), P('a', -))" in text
     assert "mode=PROMISE_IN_BOUNDS" in text
     for absent in ("0x", "None", "False", "UnspecifiedValue", "\t", "  \n"):

@@ -8,6 +8,7 @@ from flax import nnx
 
 import compax
 import stablehlo
+from bodies import relative_error
 from compax import Pipeline, Program
 from compax.errors import PipelineError, SelectorError
 from compax.passes import Freeze
@@ -123,7 +124,7 @@ def test_the_module_again_trains_what_is_not_frozen() -> None:
     paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param))}
     assert not any("embed" in path for path in paths)
     assert any("kernel" in path for path in paths)
-    np.testing.assert_array_equal(module(TOKENS), program_of()(TOKENS))
+    assert relative_error(module(TOKENS), program_of()(TOKENS)) < 2e-5  # one is compiled as a whole, one is not
 
 
 def test_an_encoded_parameter_can_be_frozen() -> None:
