@@ -126,6 +126,11 @@ class Evaluator:
         self.memo: dict[Any, Any] = {}
         self._loops: list[tuple[int | None, list[Encoded]]] = []
 
+    def whole(self, graph: Graph, inputs: Sequence[Any]) -> list[Any]:
+        """The outputs of a program's graph, dense; encodings among the inputs are prepared first."""
+        prepared = [x.prepared() if isinstance(x, Encoded) else x for x in inputs]
+        return [self.dense(x, "output") for x in self.run(graph, prepared)]
+
     def run(self, graph: Graph, inputs: Sequence[Any]) -> list[Any]:
         """The graph's outputs; some may be encoded, where a parameter is only handed on."""
         env: dict[Value, Any] = dict(zip(graph.inputs, inputs, strict=True))
@@ -224,9 +229,8 @@ class Evaluator:
 
 
 def evaluate(graph: Graph, inputs: Sequence[Any], platform: str | None = None) -> list[jax.Array]:
-    """The outputs of a graph as dense arrays."""
-    evaluator = Evaluator(platform)
-    return [evaluator.dense(x, "output") for x in evaluator.run(graph, inputs)]
+    """The outputs of a program's graph as dense arrays."""
+    return Evaluator(platform).whole(graph, inputs)
 
 
 def _layout(op: Op, operands: list[Any]) -> list[Any] | None:

@@ -105,8 +105,7 @@ class Program:
         for tag in captured.inputs:
             if tag.kind == "parameter":
                 value = params[tag.path]
-                value = jax.lax.stop_gradient(value) if tag.path in self.frozen else value
-                values.append(value.prepared() if isinstance(value, Encoded) else value)
+                values.append(jax.lax.stop_gradient(value) if tag.path in self.frozen else value)
             else:
                 values.append(state[tag.path] if tag.kind == "state" else next(names))
         return lowering.evaluate(captured.graph, values)

@@ -323,12 +323,8 @@ def _infer(captured: Captured, inputs: Sequence[Any]) -> None:
     mesh = captured.signature.mesh
     context = contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh)
 
-    def function(*arrays: Any) -> list[Any]:
-        outputs = evaluator.run(captured.graph, arrays)
-        return [evaluator.dense(x, "output") for x in outputs]
-
     with context:
-        jax.eval_shape(function, *inputs)
+        jax.eval_shape(lambda *arrays: evaluator.whole(captured.graph, arrays), *inputs)
 
 
 # -- where ------------------------------------------------------------------------------------------------------------

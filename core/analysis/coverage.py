@@ -281,13 +281,13 @@ def _unpacked(program: "Program", captured: "Captured") -> tuple[Unpacked, ...]:
     """What lowering unpacks for want of a rule, found by evaluating the graph with shapes in place of arrays."""
     if not any(isinstance(x, Encoded) for x in program.params.values()):
         return ()
-    evaluator = lowering.Evaluator(rebuild=True)
+    # An observer has every call evaluated: otherwise a function that many layers share would count once.
+    evaluator = lowering.Evaluator(rebuild=True, observer=lambda op, outputs: None)
 
     def evaluate(params: Mapping[str, Any], rest: list[Any]) -> list[Any]:
         others = iter(rest)
         values = [params[tag.path] if tag.kind == "parameter" else next(others) for tag in captured.inputs]
-        values = [x.prepared() if isinstance(x, Encoded) else x for x in values]
-        return [evaluator.dense(x, "output") for x in evaluator.run(captured.graph, values)]
+        return evaluator.whole(captured.graph, values)
 
     inputs = zip(captured.inputs, captured.graph.inputs, strict=True)
     rest = [_jax.as_struct(value.aval) for tag, value in inputs if tag.kind != "parameter"]
