@@ -11,12 +11,12 @@ from flax import nnx
 
 import compax
 from bodies import relative_error
-from compax import Pipeline, Program
+from compax import Pipeline
 from compax.errors import PipelineError, SelectorError
 from compax.models import decoder
-from compax.passes import Freeze, Quantize
+from compax.passes import Quantize
 from compax.passes.quantize.encoding import QuantizedArray, SimulatedArray
-from compax.transform import Context, Pass
+from compax.transform import Context
 from oracle import assert_preserves
 from small import TOKENS, D, Model, program_of, reasons, run, statuses, values
 
@@ -203,27 +203,21 @@ def test_oracle_on_the_decoder(scan: bool) -> None:
     assert_preserves(Quantize(activations="int8"), model, *decoder.example_inputs(config, sequence=8))
 
 
-def after(pass_: Pass, program: Program) -> Program:
-    """The program after a pass, whatever a pipeline says of their order."""
-    return pass_.run(program, Context()).program
-
-
-@pytest.mark.parametrize("activations", [None, "int8"])
-def test_beside_freeze(activations: str | None) -> None:
-    freeze, quantize = Freeze(at="embed.**"), Quantize(activations=activations)
-    first, last = after(quantize, after(freeze, program_of())), after(freeze, after(quantize, program_of()))
+@pytest.mark.parametrize("quantize", [WEIGHTS, BOTH])
+def test_beside_freeze(quantize: str) -> None:
+    freeze = "freeze(at=embed.**)"
+    first, last = (run(text, program_of()) for text in (f"{freeze} | {quantize}", f"{quantize} | {freeze}"))
     np.testing.assert_array_equal(first(TOKENS), last(TOKENS))
     assert first.frozen == last.frozen == {"embed.embedding"}
 
 
 def test_frozen_parameters_are_not_simulated() -> None:
     """There is nothing to train in them; they can be stored at once."""
-    result = Quantize(train=True).run(after(Freeze(at="embed.**"), program_of()), Context())
-    (reason,) = {site.reason for site in result.sites if site.name.startswith("embed")}
-    assert "frozen" in reason
-    assert isinstance(result.program.params["blocks.0.kernel"], SimulatedArray)
-    assert isinstance(result.program.params["embed.embedding"], jax.Array)
-    stored = after(Quantize(at="embed,embed#2"), result.program)
+    program = run(f"freeze(at=embed.**) | {TRAIN}", program_of())
+    assert "frozen" in reasons(program)["embed"]
+    assert isinstance(program.params["blocks.0.kernel"], SimulatedArray)
+    assert isinstance(program.params["embed.embedding"], jax.Array)
+    stored = run('quantize(at="embed,embed#2")', program)
     assert isinstance(stored.params["embed.embedding"], QuantizedArray)
     assert isinstance(stored.params["blocks.0.kernel"], SimulatedArray)
 
