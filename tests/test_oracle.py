@@ -45,9 +45,9 @@ def test_perceptron(pass_: Pass) -> None:
     assert_preserves(pass_, Perceptron(), rows())
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-def test_decoder(scan: bool) -> None:
-    config = dataclasses.replace(decoder.SIZES["tiny"], scan=scan)
+@pytest.mark.parametrize("options", [{"num_layers": 1}, {"scan": True}], ids=["unrolled", "scanned"])
+def test_decoder(options: dict[str, Any]) -> None:
+    config = dataclasses.replace(decoder.SIZES["tiny"], **options)
     model = decoder.Decoder(config, rngs=nnx.Rngs(0))
     assert_preserves(PASSES["activations"], model, *decoder.example_inputs(config, sequence=8))
 
