@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import compax
 from bodies import relative_error
@@ -191,6 +192,58 @@ def test_convolution(options: dict[str, Any], kernel: tuple[int, ...], pipeline:
         module.kernel[...] = jnp.asarray(x.decode())
         codes, scale = reference(np.asarray(image), (1, 2, 3))
         assert relative_error(program(image), module(jnp.asarray(codes * scale, jnp.float32))) < ROUNDING
+
+
+@pytest.mark.parametrize("pipeline", [WEIGHTS, BOTH, TRAIN_BOTH])
+def test_convolution_whose_batch_is_split_into_groups(pipeline: str) -> None:
+    """An output pixel comes from one of several examples, whose scales differ."""
+
+    def function(p: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x, p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), batch_group_count=2
+        )
+
+    x = values(4, 10, D) * jnp.asarray([1.0, 10.0, 100.0, 1000.0])[:, None, None]
+    program = run(pipeline, compax.capture(function, {"w": values(3, D, 6)}, x))
+    given = x
+    if pipeline != WEIGHTS:
+        codes, scale = reference(np.asarray(x), (1, 2))
+        given = jnp.asarray(codes * scale, jnp.float32)
+    dense = {path: w.decode() for path, w in program.params.items()}
+    assert relative_error(program(x), function(dense, given)) < ROUNDING
+
+
+@pytest.mark.parametrize("pipeline", [WEIGHTS, BOTH, TRAIN_BOTH])
+def test_complex_activations(pipeline: str) -> None:
+    """They have two parts; int8 has one: the weight is stored, and the product is the model's own."""
+    x, w = values(4, D) * (1 + 2j), values(D, D)
+    program = run(pipeline, compax.capture(lambda p, x: x @ p["w"], {"w": w}, x))
+    dense = program.params["w"].decode()
+    difference = program(x) - x @ dense
+    assert np.linalg.norm(difference) < ROUNDING * np.linalg.norm(x @ dense)
+
+
+@pytest.mark.parametrize("pipeline", [WEIGHTS, BOTH, TRAIN_BOTH])
+def test_explicit_meshes(pipeline: str) -> None:
+    """Shardings in types: the output has the one that the model asked for, the gradient that of the input."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+
+    def function(p: Any, x: jax.Array) -> jax.Array:
+        x = jnp.tanh(x @ p["columns"])
+        return jnp.einsum("bd,df->bf", x, p["rows"], out_sharding=PartitionSpec("data", None))
+
+    with jax.set_mesh(mesh):
+        params = {
+            "columns": jax.device_put(values(D, D), NamedSharding(mesh, PartitionSpec(None, "model"))),
+            "rows": jax.device_put(values(D, D, seed=1), NamedSharding(mesh, PartitionSpec("model", None))),
+        }
+        x = jax.device_put(values(8, D, seed=2), NamedSharding(mesh, PartitionSpec("data", None)))
+        program = run(pipeline, compax.capture(function, params, x))
+        output = program(x)
+        assert output.sharding.spec == PartitionSpec("data", None)
+        assert relative_error(output, function(params, x)) < 0.05
+        gradient = jax.jit(jax.grad(lambda x: jnp.sum(program.apply(program.params, {}, x)[0])))(x)
+        assert relative_error(gradient, jax.grad(lambda x: jnp.sum(function(params, x)))(x)) < 0.1
 
 
 def test_bfloat16_weights() -> None:
