@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import compax
 from compax import ir
@@ -269,6 +269,20 @@ def test_embedding() -> None:
         (site,) = sites(function, table, tokens)
         assert (site.name, site.kind, site.weight, site.flops) == ("embed", "embedding", 0, 0)
         assert reduced(site) == {"embed.embedding": (1,)}
+
+
+def test_reshards_of_explicit_meshes_are_layout() -> None:
+    """A lookup and a product in a parameter that the model moves to another sharding first."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+
+    def function(p: Any, x: jax.Array) -> jax.Array:
+        looked_up = jax.sharding.reshard(p["table"], PartitionSpec())[jnp.zeros(8, jnp.int32)]
+        return looked_up + x @ jax.sharding.reshard(p["w"], PartitionSpec())
+
+    with jax.set_mesh(mesh):
+        params = {"table": rows(16, D), "w": rows(D, D)}
+        params = {k: jax.device_put(w, NamedSharding(mesh, PartitionSpec("data"))) for k, w in params.items()}
+        assert found(function, params, jnp.ones((8, D))) == [("table", "embedding"), ("w", "linear")]
 
 
 def test_a_one_hot_product_is_a_linear_on_the_table() -> None:
