@@ -145,6 +145,12 @@ def aval_text(aval: AbstractValue) -> str:
     return f"{dtype_text(getattr(aval, 'dtype', aval))}[{shape}]"
 
 
+def is_explicit(x: Array) -> bool:
+    """Whether the sharding of an array is part of its type."""
+    mesh = jax.typeof(x).sharding.mesh
+    return not mesh.empty and jax.sharding.AxisType.Explicit in mesh.axis_types
+
+
 def vary(x: Array, axes: frozenset[str]) -> Array:
     """An array marked as varying over more manual mesh axes; the values stay."""
     missing = tuple(sorted(axes - varying_axes(x)))

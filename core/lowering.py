@@ -276,7 +276,9 @@ def _layout(op: Op, operands: list[Any]) -> list[Any] | None:
     elif op.name == "gather":
         result = first.gather(operands[1], dict(attributes))
     elif op.name == "sharding_constraint":
-        result = _constrain(first, attributes["sharding"])
+        result = _constrain(first, attributes["sharding"], jax.lax.with_sharding_constraint)
+    elif op.name == "reshard":
+        result = _constrain(first, attributes["dst_sharding"], jax.sharding.reshard)
     elif op.name in ("copy", "copy_p"):
         result = first
     elif op.name in ("pvary", "pcast"):
@@ -303,14 +305,11 @@ def _split(x: Encoded, axis: int, sizes: Sequence[int]) -> list[Any] | None:
     return None if any(part is None for part in parts) else parts
 
 
-def _constrain(x: Encoded, sharding: Any) -> Encoded | None:
+def _constrain(x: Encoded, sharding: Any, constrain: Callable[[Any, Any], Any]) -> Encoded | None:
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return None
-    specs = x.spec(sharding.spec)
     return jax.tree.map(
-        lambda leaf, spec: jax.lax.with_sharding_constraint(leaf, jax.sharding.NamedSharding(sharding.mesh, spec)),
-        x,
-        specs,
+        lambda leaf, spec: constrain(leaf, jax.sharding.NamedSharding(sharding.mesh, spec)), x, x.spec(sharding.spec)
     )
 
 

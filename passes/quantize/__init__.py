@@ -127,8 +127,8 @@ class Quantize(Pass):
             reason = reasons[0] if reasons else ""
             usable = not reasons or reasons[0].startswith("already")
             if self.activations and site.kind != "embedding" and usable:
-                if site.opaque:
-                    reason = f"activations stay as they are: {site.opaque}"
+                if kept := keeps_activations(site):
+                    reason = f"activations stay as they are: {kept}"
                 elif site.op.name == QUANTIZED and site.op.attributes["simulated"] == self.train:
                     reason = reason or "activations are int8 already"
                 else:
@@ -142,7 +142,7 @@ class Quantize(Pass):
         replacements: dict[ir.Path, ir.Replacement] = {}
         made: dict[tuple[int, bool], ir.Replacement] = {}
         for site in find_sites(captured) if decisions else ():
-            if site.name not in decisions or site.opaque:
+            if site.name not in decisions or keeps_activations(site):
                 continue
             simulated = decisions[site.name]["simulated"]
             if site.op.name == QUANTIZED and site.op.attributes["simulated"] == simulated:
@@ -171,6 +171,14 @@ class _Round:
         outputs = tuple(ir.Value(x.aval) for x in op.outputs)
         body = ir.Graph(inputs, (dataclasses.replace(op, inputs=inputs, outputs=outputs),), outputs, imported=True)
         return (ir.Op(QUANTIZED, op.inputs, op.outputs, attributes, (body,)),)
+
+
+def keeps_activations(site: Site) -> str:
+    """Why the activations of a site cannot be rounded, or an empty string."""
+    activations = site.primitive.inputs[1 - site.weight]
+    if not jnp.issubdtype(activations.dtype, jnp.floating):
+        return f"they are {activations.dtype}, which int8 cannot round"
+    return site.opaque
 
 
 def uses_by_parameter(sites: list[Site]) -> dict[str, list[tuple[Site, Use]]]:

@@ -130,11 +130,9 @@ def _scaled_dot_backward(dot: _Dot, saved: Any, gradient: jax.Array) -> tuple[ja
     scaled = gradient.astype(jnp.float32) * _in_output(scale, dot.w_dims, num_x_free, dot.weight == 0)
     start = len(w_batch) if dot.weight == 0 else len(w_batch) + num_x_free
     free_in_output = tuple(range(start, start + len(w_free)))
-    numbers = ((free_in_output, tuple(w_free)), (tuple(range(len(w_batch))), w_batch))
-    compute = scaled.astype(like.dtype)
-    out = jax.lax.dot_general(
-        compute, values.astype(like.dtype), numbers, precision=dot.precision, preferred_element_type=jnp.float32
-    )
+    contract, batch = (free_in_output, tuple(w_free)), (tuple(range(len(w_batch))), w_batch)
+    back = dot._replace(contract=contract, batch=batch, weight=1, integer=False)
+    out = _product(scaled.astype(like.dtype), values, back)
     # The product's dimensions are: batch, free of x, then the contracted ones in the weight's order.
     order = sorted(range(len(w_contract)), key=lambda i: w_contract[i])
     x_free = _free(num_x_free + len(x_batch) + len(x_contract), x_contract, x_batch)
@@ -186,6 +184,9 @@ def _scale_is_free_of(w: QuantizedArray, dims: Sequence[int]) -> bool:
 def _dot(
     op: Op, x: Any, w: QuantizedArray, weight: int, *, integer: bool, blocked: bool = False
 ) -> list[jax.Array] | None:
+    if _jax.is_explicit(x) or _jax.is_explicit(w.values):
+        # Shardings in types would have to be carried through the scales; the product itself is right.
+        return None
     numbers, w = _as_it_lies(op.attributes["dimension_numbers"], w, weight)
     dot = _static(op, numbers, w, weight, integer=integer, blocked=blocked)
     contract, batch = dot.w_dims
@@ -245,6 +246,8 @@ def _other(op: Op, operands: Sequence[Any], *, integer: bool) -> list[jax.Array]
         return None
     convolution = op.name == "conv_general_dilated"
     if convolution:
+        if integer and op.attributes["batch_group_count"] > 1:
+            return None
         reduced = op.attributes["dimension_numbers"].rhs_spec[1:]
     else:
         numbers = op.attributes["ragged_dot_dimension_numbers"]
