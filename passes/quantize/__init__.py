@@ -74,17 +74,17 @@ class Quantize(Pass):
         chosen = {site.name for site in self.select(sites)}
         by_parameter = uses_by_parameter(sites)
         params = dict(program.params)
+        selected = {path for path, uses in by_parameter.items() if any(site.name in chosen for site, _ in uses)}
         refused: dict[str, str] = {}
-        for path, uses in by_parameter.items():
-            if any(site.name in chosen for site, _ in uses):
-                outside = [site.name for site, _ in uses if site.name not in chosen]
-                reason = self._refuse(params[path], outside, path in program.frozen)
-                if reason:
-                    refused[path] = reason
-                    continue
-                reduced = sorted({dim for _, use in uses for dim in use.reduced})
-                params[path] = self._encode(params[path], reduced)
-                context.release(program.params[path], params[path])
+        for path in selected:
+            outside = [site.name for site, _ in by_parameter[path] if site.name not in chosen]
+            if reason := self._refuse(params[path], outside, path in program.frozen):
+                refused[path] = reason
+        _refuse_together(sites, chosen, refused)
+        for path in [path for path in by_parameter if path in selected and path not in refused]:
+            reduced = sorted({dim for _, use in by_parameter[path] for dim in use.reduced})
+            params[path] = self._encode(params[path], reduced)
+            context.release(program.params[path], params[path])
         decisions, reports = self._decide(sites, chosen, refused)
         graphs = self.rewrite_graphs(program, decisions)
         encoded = any(params[path] is not program.params[path] for path in params)
@@ -171,6 +171,22 @@ class _Round:
         outputs = tuple(ir.Value(x.aval) for x in op.outputs)
         body = ir.Graph(inputs, (dataclasses.replace(op, inputs=inputs, outputs=outputs),), outputs, imported=True)
         return (ir.Op(QUANTIZED, op.inputs, op.outputs, attributes, (body,)),)
+
+
+def _refuse_together(sites: list[Site], chosen: set[str], refused: dict[str, str]) -> None:
+    """Where a site reads several parameters in a row and one stays dense, so do the others: one product reads them."""
+    fused = [site for site in sites if site.name in chosen and len(site.uses) > 1]
+    again = True
+    while again:
+        again = False
+        for site in fused:
+            dense = [
+                use.parameter for use in site.uses if not refused.get(use.parameter, "already").startswith("already")
+            ]
+            for use in site.uses:
+                if dense and use.parameter not in refused:
+                    refused[use.parameter] = f"read together with {dense[0]}, which stays as it is"
+                    again = True
 
 
 def keeps_activations(site: Site) -> str:

@@ -242,3 +242,21 @@ def test_beside_cast(quantize: str, first: str) -> None:
         program.partition()[0]
     )
     assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_weights_read_in_a_row_are_stored_together_or_not_at_all() -> None:
+    """One product reads both: with one of them dense, the other would be unpacked for it."""
+
+    def function(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return x @ jnp.concatenate([p["a"], p["b"]], 1) + jnp.sum(x @ p["b"])
+
+    params = {name: jax.random.normal(jax.random.key(i), (8, 8)) for i, name in enumerate("ab")}
+    program = compax.capture(function, params, jnp.ones((2, 8)))
+    first, second = (site.name for site in program.sites())
+    both = Quantize().run(program, Context()).program
+    assert all(isinstance(x, QuantizedArray) for x in both.params.values())
+    result = Quantize(at=first).run(program, Context())
+    assert second != first
+    assert result.program is program
+    (report,) = result.sites
+    assert "not selected" in report.reason or "read together" in report.reason
