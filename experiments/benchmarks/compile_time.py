@@ -2,7 +2,7 @@
 
 Goal: capture, raising, passes and lowering to StableHLO together add less than 5 % of XLA's compile time to what
 `jax.jit(...).lower()` of the same model takes anyway. On a CPU, whose compiler is quick, it is missed: plain lowering
-alone takes 5 to 15 % there. Capture adds no function; rules of a pass add a few, however many layers there are.
+alone takes 8 to 21 % there. Capture adds no function; rules of a pass add a few, however many layers there are.
 
 Command: `python -m compax.experiments.benchmarks.compile_time`. A few minutes on two cores; `--models smollm2` alone
 takes one. Parameters are abstract, so that a 7B shape needs no memory for them. The batch is small because XLA's CPU
