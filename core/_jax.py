@@ -110,12 +110,6 @@ def scan_counts(attributes: dict[str, Any]) -> tuple[int, int]:
     return len(list(constants)), len(list(carry))
 
 
-def bound_axis_names() -> tuple[str, ...]:
-    """Names of the mesh axes that are manual where this is called: inside `shard_map`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return tuple(mesh.manual_axes) if not mesh.empty else ()
-
-
 def varying_axes(x: Array) -> frozenset[str]:
     """The manual mesh axes over which an array varies inside `shard_map`."""
     manual = getattr(jax.typeof(x), "manual_axis_type", None)
