@@ -185,3 +185,29 @@ def conversion(beside: Equation, aval: AbstractValue, dtype: Any) -> Equation:
 def with_dtype(aval: AbstractValue, dtype: Any) -> AbstractValue:
     """An abstract value in another dtype: shape, sharding and varying axes stay, the type is no longer weak."""
     return aval.update(dtype=dtype, weak_type=False)
+
+
+def with_shape(aval: AbstractValue, shape: Sequence[int]) -> AbstractValue:
+    """An abstract value in another shape of the same rank: dtype, weak type, sharding and varying axes stay."""
+    return aval.update(shape=tuple(shape))
+
+
+def derivative_rule(equation: Equation) -> tuple[ClosedJaxpr, list[bool]]:
+    """The rule of a `custom_jvp_call`: primals and then a tangent for each, to outputs and then their tangents.
+
+    The operands that the rule closes over (`num_consts`, the first ones) have no place in it. A tangent that is always
+    zero is left out of the results: the flags say which.
+    """
+    count = len(equation.invars) - equation.params["num_consts"]
+    jaxpr, constants, zeros = equation.params["jvp_jaxpr_fun"].call_wrapped(*[False] * count)
+    return (_Closed(jaxpr, constants) if isinstance(jaxpr, Jaxpr) else jaxpr), list(zeros)
+
+
+def has_effects(equation: Equation | None) -> bool:
+    """Whether an equation does something besides computing its results."""
+    return equation is not None and bool(equation.effects)
+
+
+def function_name(jaxpr: Any) -> str:
+    """What the function that a nested jaxpr was traced from is called."""
+    return open_jaxpr(close(jaxpr))[0].debug_info.func_name

@@ -33,6 +33,14 @@ class InferenceError(CompaxError):
     """A changed dtype or shape cannot be carried through an operation."""
 
 
+class DeclarationError(CompaxError, ValueError):
+    """What is declared of a program fits nothing in it."""
+
+
+class RewriteError(CompaxError):
+    """A rewrite of a graph cannot be done as it was asked for."""
+
+
 class VerificationError(CompaxError):
     """A program is malformed: a shape, a dtype or a reference does not hold."""
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from compax import lowering, module, printing, raising
 from compax.analysis import coverage as covering
+from compax.analysis.axes import Axis
 from compax.capture import (
     Arguments,
     Captured,
@@ -21,11 +22,13 @@ from compax.capture import (
     trace_entry,
     update_objects,
 )
+from compax.composites.base import Composite
 from compax.encoding import Encoded
-from compax.errors import CaptureError, SignatureError, VerificationError
+from compax.errors import CaptureError, DeclarationError, SignatureError, VerificationError
 from compax.sources import Arrays
 
 if TYPE_CHECKING:
+    from compax.meaning import Declaration, Meaning
     from compax.transform import PassRecord
 
 GraphKey = tuple[str, Signature]
@@ -44,6 +47,7 @@ class Program:
         frozen: paths of parameters that get no gradient and no optimizer state.
         history: what each pass did, in order.
         name: what the program is called in print.
+        declared: what a person said of it, beyond what the analyses find.
     """
 
     params: Arrays
@@ -53,6 +57,7 @@ class Program:
     frozen: frozenset[str] = frozenset()
     history: tuple["PassRecord", ...] = ()
     name: str = "program"
+    declared: tuple["Declaration", ...] = ()
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def replace(self, **changes: Any) -> "Program":
@@ -252,6 +257,57 @@ class Program:
             self.memo[key] = raising.find_sites(captured)
         return self.memo[key]
 
+    def meaning(self, entry: str | None = None) -> "Meaning":
+        """What an entry's graph means: attentions, norms, feed-forwards, experts, axes, and what remains open."""
+        from compax.meaning import Meaning
+
+        captured = self.graph(entry)
+        key = ("meaning", id(captured))
+        if key not in self.memo:
+            self.memo[key] = Meaning(captured, self.declared)
+        return self.memo[key]
+
+    def composites(self, entry: str | None = None) -> tuple[Composite, ...]:
+        """The composites of several operations in an entry's graph, in order of evaluation."""
+        return self.meaning(entry).composites
+
+    def axes(self, entry: str | None = None) -> tuple[Axis, ...]:
+        """The axes that the parameters and arguments of an entry have, with their names."""
+        return self.meaning(entry).axes
+
+    def declare(
+        self, *, at: str | None = None, axis: str | None = None, kind: str | None = None, mask: str | None = None
+    ) -> "Program":
+        """A program of which a person says what its graph does not tell, or tells wrongly.
+
+        `program.meaning().questions` lists where that is needed.
+
+        Args:
+            at: a selector of composites, with `mask` or `kind`.
+            axis: the name of an axis, with `kind`.
+            kind: for composites "none": they are not what they were taken for. For an axis a name such as "batch", or
+                "fixed" (its indices stay where they are), or "free" (they may move).
+            mask: for attentions "full", "causal" or "window N", in place of what the analysis found or did not find.
+                Padding stays as it was found.
+
+        Raises:
+            DeclarationError: there is no such composite or axis, or the words are none that are known.
+        """
+        from compax.meaning import Declaration
+
+        given = Declaration(at, axis, kind, mask)
+        if (at is None) == (axis is None):
+            raise DeclarationError("declare either at=... (composites) or axis=..., not both")
+        if at is not None and (kind is None) == (mask is None):
+            raise DeclarationError(f"declare(at='{at}'): say either mask=... or kind='none'")
+        if at is not None and kind not in (None, "none"):
+            raise DeclarationError(f"declare(at='{at}', kind='{kind}'): the one kind to declare of composites is 'none'")
+        if axis is not None and (kind is None or mask is not None):
+            raise DeclarationError(f"declare(axis='{axis}'): say kind=..., such as 'batch', 'fixed' or 'free'")
+        program = self.replace(declared=(*self.declared, given))
+        program.meaning()
+        return program
+
     def coverage(self, entry: str | None = None) -> covering.Coverage:
         """What share of the work and of the parameters is in composites, and what is unpacked on the way."""
         return covering.coverage(self, entry)
@@ -299,7 +355,15 @@ def _differentiable(x: Any) -> bool:
 
 
 def _flatten(program: Program) -> tuple[tuple[Arrays, Arrays], Any]:
-    skeleton = _Skeleton(program.graphs, program.entries, program.frozen, program.history, program.name, program.memo)
+    skeleton = _Skeleton(
+        program.graphs,
+        program.entries,
+        program.frozen,
+        program.history,
+        program.name,
+        program.declared,
+        program.memo,
+    )
     return (program.params, program.state), skeleton
 
 
@@ -312,6 +376,7 @@ class _Skeleton:
     frozen: frozenset[str]
     history: tuple["PassRecord", ...]
     name: str
+    declared: tuple["Declaration", ...]
     memo: dict[Any, Any]
 
     def __eq__(self, other: object) -> bool:
@@ -321,6 +386,7 @@ class _Skeleton:
             and self.entries is other.entries
             and self.frozen == other.frozen
             and self.history is other.history
+            and self.declared == other.declared
         )
 
     def __hash__(self) -> int:
@@ -337,6 +403,7 @@ def _unflatten(skeleton: _Skeleton, children: tuple[Arrays, Arrays]) -> Program:
         frozen=skeleton.frozen,
         history=skeleton.history,
         name=skeleton.name,
+        declared=skeleton.declared,
         memo=skeleton.memo,
     )
 
