@@ -400,6 +400,12 @@ def _alias(op: Op, operands: Sequence[Val]) -> Sequence[Val] | None:
             if x.constant is not None and np.ndim(x.constant) == 0 and x.constant == -np.inf:
                 return (operands[1 - i],)
         return None
+    if name in _NEUTRAL:
+        for i, x in enumerate(operands):
+            other = operands[1 - i]
+            if (i or name not in ("sub", "div")) and other.shape == op.outputs[0].shape and _is(x, _NEUTRAL[name]):
+                return (other,)
+        return None
     if name == "select_n" and len(operands) == 3:
         return _wrapped_index(operands)
     if name == "broadcast_in_dim" and len(operands) == 1 and op.attributes["shape"] == operands[0].shape:
@@ -407,6 +413,17 @@ def _alias(op: Op, operands: Sequence[Val]) -> Sequence[Val] | None:
     if name == "reshape" and op.attributes.get("dimensions") is None and op.attributes["new_sizes"] == operands[0].shape:
         return operands
     return None
+
+
+_NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1}
+"""What leaves the other operand as it is."""
+
+
+def _is(x: Val, number: float) -> bool:
+    """Whether a value is a number everywhere."""
+    while x.node is not None and x.node.name in ("broadcast_in_dim", "reshape"):
+        x = x.node.inputs[0]
+    return x.constant is not None and np.ndim(x.constant) == 0 and bool(np.asarray(x.constant) == number)
 
 
 def _wrapped_index(operands: Sequence[Val]) -> Sequence[Val] | None:
