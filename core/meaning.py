@@ -6,6 +6,7 @@ corrects it where it cannot be known from the graph.
 
 import collections
 import dataclasses
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from compax.analysis.axes import Axis
 from compax.analysis.normal import Node, Val
 from compax.capture import Captured
 from compax.composites.attention import find_attentions
-from compax.composites.base import KINDS, Attention, Composite, Experts, FeedForward, Mask, Normalization
+from compax.composites.base import Attention, Composite, Experts, FeedForward, Mask
 from compax.composites.experts import find_experts
 from compax.composites.feed_forward import find_feed_forwards
 from compax.composites.norms import find_normalizations
@@ -88,7 +89,8 @@ class Meaning:
             *experts,
         ]
         found.sort(key=lambda composite: _number(composite.output))
-        self.streams: list[tuple[Residual, ...]] = find_streams(self.view, normalizations)
+        inside |= {node for composite in found for node in composite.nodes}
+        self.streams: list[tuple[Residual, ...]] = find_streams(self.view, normalizations, inside)
         self.composites: tuple[Composite, ...] = _declared(_named(self.view, found), declarations)
         self._labels = _Labels(self)
         self.axes: tuple[Axis, ...] = self._labels.axes(declarations)
@@ -108,8 +110,6 @@ class Meaning:
         for axis in self.axes:
             if axis.name == name:
                 return axis
-        import difflib
-
         close = difflib.get_close_matches(name, [axis.name for axis in self.axes], n=5, cutoff=0.0)
         raise DeclarationError(f"no axis '{name}'; closest of {len(self.axes)}: {', '.join(close) or 'none'}")
 
@@ -191,6 +191,8 @@ def _consumed(view: View, composite: Composite, absorbed: Mapping[Node, Composit
             for linear in view.sources(x):
                 if absorbed.get(linear.node) is None:
                     found.update(dict.fromkeys(view.parameters(linear.weight)))
+        for linear in view.consumers(composite.output):
+            found.update(dict.fromkeys(view.parameters(linear.weight)))
         return list(found)
     for x in composite.inputs[1:]:
         found.update(dict.fromkeys(view.parameters(x)))
@@ -307,7 +309,7 @@ class _Labels:
             self.put(factors, "vocabulary" if position == 0 else f"{path.rpartition('.')[0] or path}.rows")
 
     def _from_loops(self) -> None:
-        turns = [factors for factors in self.engine.loops]
+        turns = self.engine.loops
         for factors in turns:
             owners = sorted({path for atom in factors for path in self.parameters.get(atom, ())})
             prefix = common_prefix([path.rpartition(".")[0] for path in owners]) if len(turns) > 1 else ""
@@ -320,10 +322,12 @@ class _Labels:
             for dim, factors in enumerate(self.engine.dims[x]):
                 for atom in self.engine.atoms.expand(factors):
                     if atom not in self.names:
-                        self.put((atom,), f"{x.input.path}.{dim}")
+                        named = [self.names[part] for part in self.engine.atoms.leaves((atom,)) if part in self.names]
+                        owner = common_prefix(named) if atom.segments else ""
+                        self.put((atom,), f"{owner}.fused" if owner else f"{x.input.path}.{dim}")
 
     def shared(self, found: Sequence[tuple[Factors, str, str]]) -> None:
-        """Names of axes that several composites share: plain if there is one, with a common prefix if there are more."""
+        """Names of axes that several composites share: plain if there is one, with a prefix if there are more."""
         owners: dict[Atom, list[str]] = {}
         words: dict[Atom, str] = {}
         for factors, word, owner in found:
@@ -394,6 +398,3 @@ def _declared_axes(axes: Sequence[Axis], declarations: Sequence[Declaration]) ->
                 f"{', '.join(AXIS_KINDS)}, fixed, free"
             )
     return tuple(result)
-
-
-__all__ = ["AXIS_KINDS", "KINDS", "Axis", "Declaration", "Meaning", "Normalization", "Question"]

@@ -381,22 +381,9 @@ def _head_atoms(view: View, query: Val, key: Val, value: Val, pv: Node) -> set[A
     for x in (query, key, value):
         for linear in view.sources(x):
             found |= view.leaves(linear.weight)
-    for linear in _consumers(view, pv.outputs[0]):
+    for linear in view.consumers(pv.outputs[0]):
         found |= view.leaves(linear.weight)
     return found
-
-
-def _consumers(view: View, x: Val) -> Iterator[Linear]:
-    """The linear layers that take a value, rearranged or not."""
-    waiting, seen = [x], {x}
-    for value in waiting:
-        for node in view.normal.readers(value):
-            linear = view.linears.get(node)
-            if linear is not None and linear.x is value:
-                yield linear
-            elif node.name in LAYOUT and len(waiting) < _DEEPEST and node.outputs[0] not in seen:
-                seen.add(node.outputs[0])
-                waiting.append(node.outputs[0])
 
 
 # -- What else there is to say ----------------------------------------------------------------------------------------

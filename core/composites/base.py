@@ -129,7 +129,8 @@ class Mask:
         parts = [self.kind]
         if self.kind == "window":
             before, after = self.window
-            parts = [f"window {before + 1}" if after == 0 else f"window -{before}..{after}"]
+            span = f"{-before if before >= 0 else ''}..{after if after >= 0 else ''}"
+            parts = [f"window {before + 1}" if after == 0 else f"window {span}"]
         if self.kind == "chunked":
             parts = [f"chunked {self.chunk}"]
         if self.position is not None:
@@ -140,7 +141,7 @@ class Mask:
 
 
 def _name(x: Val) -> str:
-    return x.input.path if x.input is not None else x.name
+    return x.input.path if x.input is not None else "computed"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

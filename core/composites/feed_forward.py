@@ -6,10 +6,12 @@ two products is the gate, is told by evaluating it.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from compax.analysis.atoms import Factors
 from compax.analysis.folding import Folder, TooLarge, Unknown
 from compax.analysis.normal import Depends, Node, Val
 from compax.composites.activations import name_activation
@@ -154,7 +156,7 @@ def _path(x: Val) -> list[Node]:
     return nodes
 
 
-def _hidden(view: View, down: Linear, ups: Sequence[Linear]) -> tuple[object, ...] | None:
+def _hidden(view: View, down: Linear, ups: Sequence[Linear]) -> Factors | None:
     """The dimension that the last product contracts, if it is one that the first ones give, and their source lacks."""
     if down.node.name == "dot_general":
         dims = down.node.attributes["dimension_numbers"][0][down.position]
@@ -174,47 +176,40 @@ def _hidden(view: View, down: Linear, ups: Sequence[Linear]) -> tuple[object, ..
 
 def _evaluated(view: View, x: Val, cone: _Cone) -> tuple[str, int | None] | None:
     """The activation's name and which of two ends is the gate; none if it is no activation."""
-    order = {end: i for i, end in enumerate(cone.ends)}
-    cut = {end: f"end {i}" for end, i in order.items()}
-    cut |= {y: "side" for y in (*cone.sides, *cone.random)}
-    key = ("activation", view.key(x, cut))
+    cut = {end: f"end {i}" for i, end in enumerate(cone.ends)}
+    cut |= dict.fromkeys(cone.sides, "side") | dict.fromkeys(cone.random, "random")
+    rates = tuple(drop_rate(view, y) or 0.0 for y in cone.random)
+    key = ("activation", view.key(x, cut), rates)
     if key not in view.memo:
-        view.memo[key] = _decide(x, cone)
+        view.memo[key] = _decide(x, cone, math.prod(1.0 - rate for rate in rates))
     return view.memo[key]
 
 
-def _decide(x: Val, cone: _Cone) -> tuple[str, int | None] | None:
-    def at(*values: np.ndarray) -> np.ndarray:
-        """The cone's result for values of its ends, one number at a time along the longest dimension of each."""
-        results = []
-        for numbers in zip(*values, strict=True):
-            given = {end: np.full([1] * len(end.shape), n, np.float32) for end, n in zip(cone.ends, numbers, strict=True)}
-            for side in (*cone.sides, *cone.random):
-                value = 0.0 if side in cone.sides else 1.0
-                given[side] = np.full([1] * len(side.shape), value, bool if side.dtype == bool else np.float32)
-            window = tuple((0, 1) for _ in x.shape)
-            results.append(float(Folder(given)(x, window).reshape(-1)[0]))
-        return np.asarray(results)
+def _decide(x: Val, cone: _Cone, kept: float) -> tuple[str, int | None] | None:
+    """The same; `kept` is the share that dropout keeps, whose inverse it multiplies with."""
 
-    def along(*values: np.ndarray) -> np.ndarray:
-        """The same for many numbers at once, where the first dimension is free to carry them."""
-        given = {
-            end: v.reshape([-1, *[1] * (len(end.shape) - 1)]).astype(np.float32)
-            for end, v in zip(cone.ends, values, strict=True)
-        }
+    def given(values: Sequence[np.ndarray]) -> dict[Val, np.ndarray]:
+        result = {end: v.astype(np.float32) for end, v in zip(cone.ends, values, strict=True)}
         for side in (*cone.sides, *cone.random):
-            value = 0.0 if side in cone.sides else 1.0
-            given[side] = np.full([1] * len(side.shape), value, bool if side.dtype == bool else np.float32)
-        return Folder(given)(x, tuple((0, size) for size in x.shape)).reshape(-1)
+            dtype = np.dtype(bool) if side.dtype == bool else np.dtype(np.float32)
+            result[side] = np.full([1] * len(side.shape), 0 if side in cone.sides else 1, dtype)
+        return result
 
     def function(*values: np.ndarray) -> np.ndarray:
+        """The cone's result for many numbers at once: the first dimension carries them, which is free to."""
+        arrays = [v.reshape([-1, *[1] * (len(end.shape) - 1)]) for end, v in zip(cone.ends, values, strict=True)]
         try:
-            result = along(*values)
+            result = Folder(given(arrays))(x, tuple((0, size) for size in x.shape)).reshape(-1)
             if result.shape == values[0].shape:
-                return result
-        except (Unknown, TooLarge, ValueError, IndexError):
-            pass
-        return at(*values)
+                return result * kept
+        except (ValueError, IndexError):
+            pass  # a layout in between minds the size of that dimension: one number at a time, then
+        window = tuple((0, 1) for _ in x.shape)
+        singles = [
+            [np.full([1] * len(end.shape), n) for end, n in zip(cone.ends, numbers, strict=True)]
+            for numbers in zip(*values, strict=True)
+        ]
+        return kept * np.asarray([float(Folder(given(single))(x, window).reshape(-1)[0]) for single in singles])
 
     try:
         if len(cone.ends) == 1:
@@ -223,16 +218,19 @@ def _decide(x: Val, cone: _Cone) -> tuple[str, int | None] | None:
         ones = np.ones(5, np.float32)
         samples = np.asarray([-2.0, -0.5, 0.25, 1.0, 3.0], np.float32)
         for gate in (0, 1):
-            pair = lambda g, u: function(*((g, u) if gate == 0 else (u, g)))  # noqa: B023, E731
+
+            def pair(g: np.ndarray, u: np.ndarray, gate: int = gate) -> np.ndarray:
+                return function(*((g, u) if gate == 0 else (u, g)))
+
             single = pair(samples, ones)
             linear = all(np.allclose(pair(samples, ones * u), single * u, rtol=1e-3, atol=1e-5) for u in (-2.0, 0.5))
             if linear and not np.allclose(single, single[0]):
-                name = name_activation(lambda g: pair(g, np.ones_like(g)))  # noqa: B023
+                name = name_activation(lambda g, pair=pair: pair(g, np.ones_like(g)))
                 if name != "identity":
                     return name, gate
-        return None
     except (Unknown, TooLarge):
-        return None
+        pass
+    return None
 
 
 def _with_bias(view: View, x: Val) -> tuple[Val, Val | None]:

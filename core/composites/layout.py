@@ -125,6 +125,8 @@ def attend(
     Returns:
         The attention's result in the model's layout.
     """
+    dtype = jnp.result_type(query, key, value)  # some models keep rotated queries and keys in float32
+    query, key, value = (x.astype(dtype) for x in (query, key, value))
     q, k, v = layout.query.standard(query), layout.key.standard(key), layout.value.standard(value)
     static = static_mask(attention, q.shape[1], k.shape[1])
     if static is not None:

@@ -16,7 +16,7 @@ from compax.analysis.atoms import Factors
 from compax.analysis.folding import Folder, TooLarge, Unknown
 from compax.analysis.normal import Node, Val
 from compax.composites.base import Mask
-from compax.composites.view import View, parameter_only
+from compax.composites.view import View, parameter_only, rearranged
 
 _MASKED = -9e3
 """From here on down a score is as good as none; some models mask with -10000."""
@@ -138,7 +138,7 @@ class _Region:
         for side in self.sides:
             if side not in self.given and any(x is leaf for x in self.view.upstream(side, lambda node: True)):
                 if side.dtype == jnp.bool_:
-                    self.computed.append(side)
+                    self.computed.append(rearranged(side, ("broadcast_in_dim", "convert_element_type")))
                 else:
                     self.bias.append(side)
                 self.given[side] = np.full([1] * len(side.shape), side.dtype == jnp.bool_, _dtype(side))
@@ -188,18 +188,22 @@ class _Region:
                 array = positions.astype(_dtype(leaf))
                 return array[:1].reshape([1] * rank) if dim is None else array.reshape(_along(rank, {dim: rows}))
 
-            last = np.arange(rows) + max(columns - rows - (1 if single else 0), 0)
-            seen = self._at({leaf: given(last)})
-            band = None if seen is None else _band(last, seen)
+            room = max(columns - rows, 0)
+            starts = dict.fromkeys((room - 1 if single else room, room // 2, room // 3, 0))
+            places = [np.arange(rows) + max(start, 0) for start in starts]
+            if not single:
+                places.append(np.random.default_rng(0).permutation(columns)[:rows])
+            seen = [self._at({leaf: given(p)}) for p in places]
+            band = _common_band(places[: len(starts)], seen)
             if band is None or band == (-1, -1):
                 continue
-            shuffled = last - 1 if single else np.random.default_rng(0).permutation(columns)[:rows]
             for by_keys in (False, True) if rows == columns and not single else (False,):
                 if all(
-                    (found := self._at({leaf: given(p)})) is not None
+                    found is not None
                     and (found == _in_band(p[:, None] - (p if by_keys else np.arange(columns)), band)).all()
-                    for p in (last, last - 2, last - 3, shuffled)
+                    for p, found in zip(places, seen, strict=True)
                 ):
+                    last = places[0]
                     self.given[leaf] = given(last)
                     kind = "causal" if band == (-1, 0) else "window"
                     return Mask(kind, window=band, position=leaf, offset=int(last[0]))
@@ -377,6 +381,17 @@ def _band(positions: np.ndarray, seen: np.ndarray) -> tuple[int, int] | None:
             return None
         ends.append(int(span))
     return ends[0], ends[1]
+
+
+def _common_band(places: Sequence[np.ndarray], seen: Sequence[np.ndarray | None]) -> tuple[int, int] | None:
+    """The band that fits queries at several places: an end that one of them shows is the end."""
+    before, after = -1, -1
+    for positions, visible in zip(places, seen, strict=False):
+        band = None if visible is None else _band(positions, visible)
+        if band is None:
+            return None
+        before, after = max(before, band[0]), max(after, band[1])
+    return before, after
 
 
 def _in_band(distance: np.ndarray, band: tuple[int, int]) -> np.ndarray:

@@ -4,7 +4,7 @@ He et al., "Deep Residual Learning for Image Recognition", 2015, arXiv:1512.0338
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from compax.analysis.normal import Node, Val
 from compax.composites.base import Normalization
@@ -28,13 +28,21 @@ class Residual:
     output: Val
 
 
-def find_streams(view: View, normalizations: Sequence[Normalization]) -> list[tuple[Residual, ...]]:
-    """The residual streams of a graph, each with its additions in order."""
+def find_streams(
+    view: View, normalizations: Sequence[Normalization], inside: Collection[Node]
+) -> list[tuple[Residual, ...]]:
+    """The residual streams of a graph, each with its additions in order.
+
+    Args:
+        view: the graph.
+        normalizations: those found in it: a stream may be normalized between two additions.
+        inside: nodes of composites, whose additions are their own business.
+    """
     normalized = {norm.output: norm.x for norm in normalizations}
     ends: dict[Val, list[Residual]] = {}
     streams: list[list[Residual]] = []
     for node in view.normal.nodes_named("add", "add_any"):
-        residual = _residual(node)
+        residual = None if node in inside else _residual(node)
         if residual is None:
             continue
         before = rearranged(residual.stream)

@@ -164,6 +164,18 @@ class View:
         found = (self.linear(y) for y in self.upstream(x, through, limit))
         return [linear for linear in found if linear is not None]
 
+    def consumers(self, x: Val, limit: int = 64) -> Iterator[Linear]:
+        """The linear layers that take a value, rearranged or not."""
+        waiting, seen = [x], {x}
+        for value in waiting:
+            for node in self.normal.readers(value):
+                linear = self.linears.get(node)
+                if linear is not None and linear.x is value:
+                    yield linear
+                elif node.name in LAYOUT and len(waiting) < limit and node.outputs[0] not in seen:
+                    seen.add(node.outputs[0])
+                    waiting.append(node.outputs[0])
+
 
 def parameter_only(x: Val) -> bool:
     """Whether parameters alone determine a value, and it is not the same for all of them."""

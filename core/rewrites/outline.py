@@ -28,14 +28,17 @@ class Region:
     Attributes:
         name: the operation's name.
         output: the value that it computes.
-        inputs: the values that it starts from. What else it reads becomes further operands, behind these.
+        inputs: the values that it starts from: what is computed from them belongs to the region, and to nothing else.
         attributes: the operation's static parameters.
+        others: further values that its lowering wants, such as masks and biases. Operands are `inputs`, `others`, and
+            behind them whatever else the region reads.
     """
 
     name: str
     output: Val
     inputs: tuple[Val, ...]
     attributes: Mapping[str, Any]
+    others: tuple[Val, ...] = ()
 
 
 def outline(captured: Captured, normal: Normal, regions: Sequence[Region]) -> Captured:
@@ -77,7 +80,7 @@ class _Places:
         """The innermost body that has the region's ends: its path, and the ends there."""
         found = self.places.get(region.output, {})
         for prefix in sorted(found, key=len, reverse=True):
-            inputs = [self.places.get(x, {}).get(prefix) for x in region.inputs]
+            inputs = [self.places.get(x, {}).get(prefix) for x in (*region.inputs, *region.others)]
             if all(x is not None for x in inputs):
                 return prefix, found[prefix], tuple(x for x in inputs if x is not None)
         raise RewriteError(
@@ -128,7 +131,7 @@ def _outlined(graph: Graph, region: Region, output: Value, inputs: Sequence[Valu
     if not chosen:
         raise RewriteError(f"the operation '{region.name}' would compute nothing: its result is one of its inputs")
     inside = {value for op in chosen for value in op.outputs}
-    moving = _moving(chosen, inputs)
+    moving = _moving(chosen, inputs[: len(region.inputs)])
     kept = _kept_outside(graph, chosen, output, moving, region)
     chosen = [op for op in chosen if op not in kept]
     inside = {value for op in chosen for value in op.outputs}
@@ -170,7 +173,7 @@ def _between(graph: Graph, output: Value, inputs: Sequence[Value]) -> tuple[list
 
 
 def _moving(chosen: Sequence[Op], inputs: Sequence[Value]) -> set[Value]:
-    """What is computed from the inputs."""
+    """What is computed from some values."""
     moving = set(inputs)
     for op in chosen:
         if any(isinstance(x, Value) and x in moving for x in op.inputs):
