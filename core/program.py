@@ -301,7 +301,9 @@ class Program:
         if at is not None and (kind is None) == (mask is None):
             raise DeclarationError(f"declare(at='{at}'): say either mask=... or kind='none'")
         if at is not None and kind not in (None, "none"):
-            raise DeclarationError(f"declare(at='{at}', kind='{kind}'): the one kind to declare of composites is 'none'")
+            raise DeclarationError(
+                f"declare(at='{at}', kind='{kind}'): the one kind to declare of composites is 'none'"
+            )
         if axis is not None and (kind is None or mask is not None):
             raise DeclarationError(f"declare(axis='{axis}'): say kind=..., such as 'batch', 'fixed' or 'free'")
         program = self.replace(declared=(*self.declared, given))

@@ -105,7 +105,9 @@ class Folder:
     def _bound(self, node: Node, index: int) -> np.ndarray:
         """A static operation without a rule here, computed by JAX."""
         self._check(sum(math.prod(y.shape) for y in (*node.inputs, *node.outputs)))
-        operands = [jnp.asarray(self.full(y), source.dtype) for y, source in zip(node.inputs, node.op.inputs, strict=True)]
+        operands = [
+            jnp.asarray(self.full(y), source.dtype) for y, source in zip(node.inputs, node.op.inputs, strict=True)
+        ]
         with jax.ensure_compile_time_eval():
             outputs = _jax.bind(node.op.equation, operands)
         for output, array in zip(node.outputs, outputs, strict=True):
@@ -194,7 +196,9 @@ _ELEMENTWISE: dict[str, Callable[..., np.ndarray]] = {
     "floor": _of(np.floor),
     "ge": _of(np.greater_equal),
     "gt": _of(np.greater),
-    "integer_pow": lambda node, x: np.power(x.astype(np.float32) if node.attributes["y"] < 0 else x, node.attributes["y"]),
+    "integer_pow": lambda node, x: np.power(
+        x.astype(np.float32) if node.attributes["y"] < 0 else x, node.attributes["y"]
+    ),
     "is_finite": _of(np.isfinite),
     "le": _of(np.less_equal),
     "log": _of(np.log),
@@ -280,7 +284,9 @@ def _slice(folder: Folder, node: Node, x: Val, window: Window) -> np.ndarray:
         for (start, stop), first, stride in zip(window, starts, strides, strict=True)
     )
     array = folder(node.inputs[0], inner)
-    return array[tuple(slice(None) if n == 1 else slice(None, None, s) for n, s in zip(array.shape, strides, strict=True))]
+    return array[
+        tuple(slice(None) if n == 1 else slice(None, None, s) for n, s in zip(array.shape, strides, strict=True))
+    ]
 
 
 def _iota(folder: Folder, node: Node, x: Val, window: Window) -> np.ndarray:
@@ -362,9 +368,7 @@ def _pad(folder: Folder, node: Node, x: Val, window: Window) -> np.ndarray:
     config = node.attributes["padding_config"]
     if any(interior or low < 0 or high < 0 for low, high, interior in config):
         raise Unknown(x)
-    array = np.pad(
-        folder.full(operand), [(low, high) for low, high, _ in config], constant_values=folder(value).item()
-    )
+    array = np.pad(folder.full(operand), [(low, high) for low, high, _ in config], constant_values=folder(value).item())
     return _windowed(array, window)
 
 

@@ -410,7 +410,11 @@ def _alias(op: Op, operands: Sequence[Val]) -> Sequence[Val] | None:
         return _wrapped_index(operands)
     if name == "broadcast_in_dim" and len(operands) == 1 and op.attributes["shape"] == operands[0].shape:
         return operands
-    if name == "reshape" and op.attributes.get("dimensions") is None and op.attributes["new_sizes"] == operands[0].shape:
+    if (
+        name == "reshape"
+        and op.attributes.get("dimensions") is None
+        and op.attributes["new_sizes"] == operands[0].shape
+    ):
         return operands
     return None
 

@@ -108,7 +108,9 @@ class Mask:
         window: how many keys (before, after) a query sees beside its own; -1 for all. Of "causal" (-1, 0).
         chunk: the length of a chunk of "chunked".
         offset: key position of the first query, where it is static.
-        position: the value that says how many keys came before the first query, as caches have it; or none.
+        position: where queries stand: how many keys came before the first one, as caches have it, or a number for
+            each; none if it is static.
+        by_keys: whether keys stand where `position` says as well.
         padding: values that say which keys are there: nonzero where they are.
         given: values that say for each pair of query and key whether it is seen.
         unknown: why the mask, or a part of it, is not known.
@@ -120,6 +122,7 @@ class Mask:
     chunk: int = 0
     offset: int = 0
     position: Val | None = None
+    by_keys: bool = False
     padding: tuple[Val, ...] = ()
     given: tuple[Val, ...] = ()
     unknown: str = ""

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from compax.analysis.atoms import Factors
@@ -181,7 +182,9 @@ def _evaluated(view: View, x: Val, cone: _Cone) -> tuple[str, int | None] | None
     rates = tuple(drop_rate(view, y) or 0.0 for y in cone.random)
     key = ("activation", view.key(x, cut), rates)
     if key not in view.memo:
-        view.memo[key] = _decide(x, cone, math.prod(1.0 - rate for rate in rates))
+        kept = math.prod(1.0 - rate for rate in rates)
+        told = [_decide(x, cone, share) for share in dict.fromkeys((kept, float(jnp.asarray(kept, jnp.bfloat16))))]
+        view.memo[key] = next((each for each in told if each is not None and each[0] != "custom"), told[0])
     return view.memo[key]
 
 

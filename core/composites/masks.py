@@ -77,7 +77,11 @@ def classify(
     key = ("mask", view.key(scores, stand_in), region.row, region.column)
     if key not in view.memo:
         mask, score = region.classify()
-        view.memo[key] = (mask, dataclasses.replace(score, bias=()), [i for i, x in enumerate(sides) if x in score.bias])
+        view.memo[key] = (
+            mask,
+            dataclasses.replace(score, bias=()),
+            [i for i, x in enumerate(sides) if x in score.bias],
+        )
     mask, score, biases = view.memo[key]
     return mask, dataclasses.replace(score, bias=tuple(sides[i] for i in biases))
 
@@ -197,6 +201,8 @@ class _Region:
             band = _common_band(places[: len(starts)], seen)
             if band is None or band == (-1, -1):
                 continue
+            if band == (0, 0):
+                return None  # equality: segments, not positions
             for by_keys in (False, True) if rows == columns and not single else (False,):
                 if all(
                     found is not None
@@ -206,7 +212,7 @@ class _Region:
                     last = places[0]
                     self.given[leaf] = given(last)
                     kind = "causal" if band == (-1, 0) else "window"
-                    return Mask(kind, window=band, position=leaf, offset=int(last[0]))
+                    return Mask(kind, window=band, position=leaf, offset=int(last[0]), by_keys=by_keys)
         return None
 
     def _with_arguments(self, mask: Mask, visible: np.ndarray) -> Mask:
@@ -235,6 +241,8 @@ class _Region:
 
     def _role(self, leaf: Val, visible: np.ndarray) -> str | None:
         """What an argument does to the mask, by what the region computes for patterns in it; none if it has no name."""
+        if not self.view.leaves(leaf) <= self.view.leaves(self.scores):
+            return None  # activations, say: what a mask makes of them cannot be told by patterns of zero and one
         one = np.asarray(self.given[leaf]).reshape(-1)[0]
         random = np.random.default_rng(0)
         rank, rows, columns = len(leaf.shape), self.num_queries, self.num_keys
@@ -308,7 +316,9 @@ class _Region:
             return []
         found = []
         for side in self.sides:
-            if side in self.given or side.dtype == jnp.bool_ or side.shape != self.scores.shape[-len(side.shape) :]:
+            whole = self.scores.shape[len(self.scores.shape) - len(side.shape) :]
+            fits = all(size in (1, other) for size, other in zip(side.shape, whole, strict=True))
+            if side in self.given or side.dtype == jnp.bool_ or not fits:
                 continue
             values = Folder(self.given)(side)
             values = values[values > _MASKED]

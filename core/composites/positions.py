@@ -14,7 +14,20 @@ from compax.composites.base import Rotation
 from compax.composites.view import LAYOUT, View, scalar
 
 _MOST_NODES = 96
-_PASSED = LAYOUT | {"mul", "add", "sub", "neg", "add_any", "select_n", "complex", "real", "imag", "copy", "div", "gather"}
+_PASSED = LAYOUT | {
+    "mul",
+    "add",
+    "sub",
+    "neg",
+    "add_any",
+    "select_n",
+    "complex",
+    "real",
+    "imag",
+    "copy",
+    "div",
+    "gather",
+}
 
 
 def query_rotation(view: View, query: Val, head_size: Factors) -> tuple[Rotation | None, float]:
@@ -40,10 +53,15 @@ def query_rotation(view: View, query: Val, head_size: Factors) -> tuple[Rotation
         sources.append(step[1])
     features = set(view.engine.atoms.leaves(head_size))
     # Pairs that were taken apart have their features in two dimensions; what they come from and become, in one.
-    source = next((y for y in sources if _feature_dim(view, y, features) is not None), source)
-    turned = next((y for y in reversed(passed) if _feature_dim(view, y, features) is not None), None)
-    dim, source_dim = (None if y is None else _feature_dim(view, y, features) for y in (turned, source))
-    if turned is None or dim is None or source_dim is None:
+    turned, dim = next(
+        ((y, d) for y in reversed(passed) if (d := _feature_dim(view, y, features)) is not None), (x, -1)
+    )
+    size = turned.shape[dim]
+    source, source_dim = next(
+        ((y, d) for y in sources if (d := _feature_dim(view, y, features)) is not None and y.shape[d] == size),
+        (source, None),
+    )
+    if dim < 0 or source_dim is None:
         return None, scale
     key = ("rotation", view.key(turned, {source: "source"}), dim, source_dim)
     if key not in view.memo:

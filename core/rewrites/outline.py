@@ -144,9 +144,7 @@ def _outlined(graph: Graph, region: Region, output: Value, inputs: Sequence[Valu
     body = _body(chosen, operands, output)
     replacement = Op(region.name, operands, (output,), dict(region.attributes), (body,), None)
     gone = set(chosen)
-    ops = [
-        replacement if op is chosen[-1] else op for op in graph.ops if op not in gone or op is chosen[-1]
-    ]
+    ops = [replacement if op is chosen[-1] else op for op in graph.ops if op not in gone or op is chosen[-1]]
     return dataclasses.replace(graph, ops=tuple(ops), imported=False)
 
 
@@ -181,9 +179,7 @@ def _moving(chosen: Sequence[Op], inputs: Sequence[Value]) -> set[Value]:
     return moving
 
 
-def _kept_outside(
-    graph: Graph, chosen: Sequence[Op], output: Value, moving: set[Value], region: Region
-) -> set[Op]:
+def _kept_outside(graph: Graph, chosen: Sequence[Op], output: Value, moving: set[Value], region: Region) -> set[Op]:
     """Operations that stay where they are: others need them too, and they do not depend on the inputs."""
     kept: set[Op] = set()
     gone = set(chosen)
@@ -268,6 +264,3 @@ def _handed(x: Operand, handed: Mapping[Value, Operand]) -> Operand:
 
 def _where(op: Op) -> str:
     return "" if op.equation is None else f" ({_jax.source_text(op.equation)})"
-
-
-

@@ -181,9 +181,7 @@ def compare(meaning: Meaning, expected: zoo.Expected) -> Comparison:
 
 def row(name: str, variant: zoo.Variant) -> tuple[list[str], tuple[str, ...]]:
     """The line of one variant of a model, and what differs from the hand count."""
-    case = zoo.build(
-        name, dtype=variant.dtype, mode=variant.mode, padding=variant.padding, decode=variant.decode
-    )
+    case = zoo.build(name, dtype=variant.dtype, mode=variant.mode, padding=variant.padding, decode=variant.decode)
     program = case.capture()
     meaning, seconds = timed(program.graph())
     comparison = compare(meaning, counted(name, variant))

@@ -271,7 +271,10 @@ def test_sizes_that_are_all_equal_are_told_apart() -> None:
     params = {name: jax.random.normal(jax.random.key(0), (n, n, n)) for name in "qkvo"}
     attention = only(heads_first, params, activations(n, n, n))
     view = attention.qk.inputs
-    assert len({id(atom) for name in ("batch", "groups", "queries", "head_size") for atom in getattr(attention, name)}) == 4
+    assert (
+        len({id(atom) for name in ("batch", "groups", "queries", "head_size") for atom in getattr(attention, name)})
+        == 4
+    )
     assert all(x.shape == (n, n, n, n) for x in view)
 
 
