@@ -71,6 +71,7 @@ class Engine:
         self._taken: list[tuple[Factors, int]] = []
         self._mixed: list[tuple[Factors, str]] = []
         self._shapes: dict[Val, int] = {}
+        self._partial: dict[Val, tuple[Factors, frozenset[int], int]] = {}
 
     def run(self) -> None:
         """Finds the dimensions of all values."""
@@ -274,38 +275,60 @@ class Engine:
 
     def end_members(self, inputs: Sequence[Val]) -> Factors | None:
         """The dimension that values put together are the members of, in order; none if they are not."""
-        found = [self.members.get(x) for x in inputs]
-        first = found[0]
-        if first is None or size_of(first[0]) != len(inputs) or len({self._shape(x) for x in inputs}) != 1:
+        found = [self.members[x] for x in inputs if x in self.members]
+        if not found:
             return None
-        for index, member in enumerate(found):
-            if member is None or member[1] != index or size_of(member[0]) != size_of(first[0]):
-                return None
+        family = found[0][0]
+        whole = [index for _, index in found] == list(range(size_of(family))) and len(found) == len(inputs)
+        if whole and len({self._shape(x) for x in inputs}) == 1 and self._one_family(found):
+            return self.atoms.expand(family)
+        self._apart(found)
+        return None
+
+    def _one_family(self, found: Sequence[Member]) -> bool:
+        """Makes the families of members one, where they can be."""
+        first = found[0][0]
+        if any(size_of(family) != size_of(first) for family, _ in found):
+            return False
         try:
-            for member in found[1:]:
-                assert member is not None
-                self.atoms.unify(first[0], member[0])
+            for family, _ in found[1:]:
+                self.atoms.unify(first, family)
         except Tangle:
-            return None
-        return self.atoms.expand(first[0])
+            return False
+        return True
+
+    def _apart(self, found: Iterable[Member]) -> None:
+        self._mixed.extend((family, "its indices are treated differently") for family, _ in found)
 
     def _mix(self, node: Node) -> None:
-        """A value computed from a member is one too; different members may only be added up."""
-        found = [(x, self.members[x]) for x in node.inputs if x in self.members]
-        if not found or not node.outputs or node.outputs[0] in self.members:
+        """A value computed from a member is one too; different members may only be added up, all of them."""
+        found = [self.members[x] for x in node.inputs if x in self.members]
+        partial = [x for x in node.inputs if x in self._partial]
+        if not (found or partial) or not node.outputs or node.outputs[0] in self.members:
             return
-        (_, first), rest = found[0], found[1:]
-        for _, member in rest:
-            same = member[1] == first[1] and size_of(member[0]) == size_of(first[0])
-            if same and member[0] is not first[0]:
-                self._guarded(node, lambda member=member: self.atoms.unify(first[0], member[0]))
-            if not same:
-                if node.name in ("add", "add_any") and len({self._shape(x) for x, _ in found}) == 1:
-                    return
-                for factors in (first[0], member[0]):
-                    self._mixed.append((factors, "its indices are treated differently"))
-        for output in node.outputs:
-            self.members[output] = first
+        if not partial and all(index == found[0][1] for _, index in found) and self._one_family(found):
+            self.members.update(dict.fromkeys(node.outputs, found[0]))
+        elif node.name not in ("add", "add_any") or not self._added(node):
+            self._apart(found)
+            self._apart((self._partial[x][0], 0) for x in partial)
+
+    def _added(self, node: Node) -> bool:
+        """Adds members up; a sum of all of them is a member no more."""
+        terms = [self._term(x) for x in node.inputs]
+        if len(terms) != 2 or None in terms:
+            return False
+        (one, indices, shape), (other, more, other_shape) = (term for term in terms if term is not None)
+        if shape != other_shape or indices & more or not self._one_family([(one, 0), (other, 0)]):
+            return False
+        if len(indices | more) < size_of(one):
+            self._partial[node.outputs[0]] = (one, indices | more, shape)
+        return True
+
+    def _term(self, x: Val) -> tuple[Factors, frozenset[int], int] | None:
+        if x in self.members:
+            family, index = self.members[x]
+            return family, frozenset((index,)), self._shape(x)
+        return self._partial.get(x)
 
     def _shape(self, x: Val) -> int:
         """What was computed to get a member, the same for all members of a family."""
@@ -328,6 +351,9 @@ class Engine:
         for factors, indices in taken.items():
             if len(indices) < size_of(factors):
                 self.atoms.freeze(factors, "single indices are taken")
+        for x in self.normal.outputs:
+            if (term := self._term(x)) is not None:
+                self._apart([(term[0], 0)])
         for factors, reason in self._mixed:
             self.atoms.freeze(factors, reason)
 

@@ -83,8 +83,9 @@ def _reshape(engine: "Engine", node: Node) -> None:
 def _concatenate(engine: "Engine", node: Node) -> None:
     axis, (output,) = node.attributes["dimension"], node.outputs
     dims = engine.together(node, range(len(node.inputs)), skip=(axis,))
-    family = engine.end_members(node.inputs) if all(x.shape[axis] == 1 for x in node.inputs) else None
-    dims[axis] = engine.atoms.join([engine.dims[x][axis] for x in node.inputs]) if family is None else family
+    family = engine.end_members(node.inputs)
+    whole = family is not None and all(x.shape[axis] == 1 for x in node.inputs)
+    dims[axis] = family if family is not None and whole else engine.atoms.join([engine.dims[x][axis] for x in node.inputs])
     engine.set(output, dims)
 
 

@@ -165,11 +165,14 @@ def _statistic(view: View, x: Val) -> _Statistic | None:
     node = x.node
     if node is None or node.name != "sub":
         return None
-    first, second = _mean(view, node.inputs[0]), _squared(view, unbroadcast(node.inputs[1]))
-    square = None if first is None else _squared(view, first[0])
-    if first is None or square is None or second is None or not _is_mean(view, second, square, first[1]):
+    mean, second = _mean(view, node.inputs[0]), unbroadcast(node.inputs[1])
+    square, root = None if mean is None else _squared(view, mean[0]), _squared(view, second)
+    if mean is None or square is None or second.node is None:
         return None
-    return _Statistic("variance", square, first[1], epsilon)
+    factors = second.node.inputs if root is None and second.node.name == "mul" else [root]
+    if any(y is None or not _is_mean(view, y, square, mean[1]) for y in factors):
+        return None
+    return _Statistic("variance", square, mean[1], epsilon)
 
 
 def _with_number(view: View, node: Node) -> tuple[Val, float] | None:
@@ -313,8 +316,9 @@ def _is_center(view: View, mean: Val, x: Val, statistic: _Statistic) -> bool:
     if statistic.x is None or statistic.kind != "variance" or not _same(x, statistic.x):
         return False
     found = _mean(view, mean)
-    same = found is not None and _same(found[0], x) and found[0].shape == statistic.x.shape
-    return same and found[1] == statistic.axes
+    if found is None or found[1] != statistic.axes:
+        return False
+    return _same(found[0], x) and found[0].shape == statistic.x.shape
 
 
 def _chain(view: View, quotient: _Quotient, statistic: _Statistic, outputs: Collection[Val]) -> Iterator[_Quotient]:
@@ -454,9 +458,12 @@ def _type(
         return None
     weighted = [digit for name in ("weight", "bias") for digit in alignment.met.get(name, ())]
     if statistic.x is None:
-        features = {digit.dim for i in range(2) for digit in alignment.met.get(f"stored {i}", ())}
-        repeats = any(size != 1 for dim, size in enumerate(base.shape) if dim not in features)
-        return "batch_running" if repeats and all(digit.dim in features for digit in weighted) else None
+        features = {digit.dim for met in alignment.met.values() for digit in met}
+        size = math.prod(base.shape[dim] for dim in features)
+        fits = all(
+            math.prod(y.shape) == size for name, y in given.items() if y is not None and name.startswith("stored")
+        )
+        return "batch_running" if fits and size < math.prod(base.shape) else None
     places = alignment.dims[statistic.x]
     bare = [dim for dim in range(len(places)) if dim not in statistic.axes]
     reduced = [digit for dim in statistic.axes for digit in places[dim]]
