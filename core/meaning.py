@@ -17,7 +17,7 @@ from compax.capture import Captured
 from compax.composites.attention import find_attentions
 from compax.composites.base import Attention, Composite, Experts, FeedForward, Mask
 from compax.composites.experts import find_experts
-from compax.composites.feed_forward import find_feed_forwards
+from compax.composites.networks import find_feed_forwards
 from compax.composites.normalization import find_normalizations
 from compax.composites.streams import Residual, find_streams
 from compax.composites.view import View, common_prefix
@@ -224,13 +224,17 @@ def _declared(composites: Sequence[Composite], declarations: Sequence[Declaratio
 
 def _parsed(text: str, before: Mask) -> Mask:
     word, _, number = text.partition(" ")
-    kept = {"padding": before.padding, "offset": before.offset, "position": before.position}
+    declared = None
     if word == "full" and not number:
-        return Mask("full", **kept)
-    if word == "causal" and not number:
-        return Mask("causal", window=(-1, 0), **kept)
-    if word == "window" and number.isdecimal() and int(number) > 0:
-        return Mask("window", window=(int(number) - 1, 0), **kept)
+        declared = Mask("full")
+    elif word == "causal" and not number:
+        declared = Mask("causal", window=(-1, 0))
+    elif word == "window" and number.isdecimal() and int(number) > 0:
+        declared = Mask("window", window=(int(number) - 1, 0))
+    if declared is not None:
+        return dataclasses.replace(
+            declared, padding=before.padding, offset=before.offset, position=before.position, by_keys=before.by_keys
+        )
     raise DeclarationError(f"mask='{text}': write 'full', 'causal' or 'window N' with the number of keys that are seen")
 
 
@@ -302,8 +306,8 @@ class _Labels:
             table = node.inputs[0]
             paths = self.view.parameters(table) if not table.static else ()
             if len(table.shape) >= 2 and paths:
-                for dim in node.attributes["dimension_numbers"].collapsed_slice_dims:
-                    tables.append((table.shape[dim], self.view.factors(table, dim), paths[0]))
+                dims = node.attributes["dimension_numbers"].collapsed_slice_dims
+                tables += [(table.shape[dim], self.view.factors(table, dim), paths[0]) for dim in dims]
         tables.sort(key=lambda item: -item[0])
         for position, (_, factors, path) in enumerate(tables):
             self.put(factors, "vocabulary" if position == 0 else f"{path.rpartition('.')[0] or path}.rows")

@@ -246,10 +246,11 @@ def _component_text(component: Any) -> str:
     if isinstance(component, str):
         return component
     stem, numbers = component
-    return f"{stem}{numbers[0]}" if len(numbers) == 1 else f"{stem}{{{_ranges(sorted(numbers))}}}"
+    return f"{stem}{numbers[0]}" if len(numbers) == 1 else f"{stem}{{{ranges(sorted(numbers))}}}"
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers with runs written as such: 0..29, or 0,2,4."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:

@@ -150,6 +150,10 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     inspect.add_argument(
         "--abstract", action="store_true", help="shapes alone, no parameters: a 70B model takes no memory"
     )
+    inspect.add_argument(
+        "--composites", action="store_true", help="its attentions, norms, feed-forwards and experts, and what is open"
+    )
+    inspect.add_argument("--axes", action="store_true", help="its axes: which dimensions belong together")
 
     passes = command("passes", _passes, "list the registered passes, or explain one")
     passes.add_argument("name", metavar="NAME", nargs="?", help="a pass, such as quantize")
@@ -248,13 +252,14 @@ def _generate(args: argparse.Namespace, console: Console) -> int:
 def _inspect(args: argparse.Namespace, console: Console) -> int:
     from compax.experiments import inspection
 
+    views = inspection.Views(axes=args.axes, composites=args.composites)
     if args.model:
         _only_model(args)
-        inspection.inspect_model(args.model, args.pipeline, console, abstract=args.abstract)
+        inspection.inspect_model(args.model, args.pipeline, console, views, abstract=args.abstract)
     elif args.run:
-        inspection.inspect_run(_config_of(args), args.pipeline, console)
+        inspection.inspect_run(_config_of(args), args.pipeline, console, views)
     else:
-        inspection.inspect_config(_config_of(args), args.pipeline, console, abstract=args.abstract)
+        inspection.inspect_config(_config_of(args), args.pipeline, console, views, abstract=args.abstract)
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -12,18 +14,33 @@ from compax.experiments import generate, programs, runs
 from compax.experiments.config import Config, closest
 from compax.experiments.console import Console
 from compax.experiments.tokenizer import Tokenizer
+from compax.meaning_text import axes_text, composites_text
 from compax.models import decoder, load_decoder, load_tokenizer
 
 _TOKENS = 128
 
 
-def inspect_config(config: Config, pipeline: str, console: Console, *, abstract: bool) -> None:
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """What to print of a program, in place of its sites and coverage.
+
+    Attributes:
+        axes: Its axes.
+        composites: Its attentions, norms, feed-forwards and experts, with all that is known of them.
+    """
+
+    axes: bool = False
+    composites: bool = False
+
+
+def inspect_config(config: Config, pipeline: str, console: Console, views: Views, *, abstract: bool) -> None:
     """Prints the training program of a config.
 
     Args:
         config: The config; of a tokenizer that is trained, its size is taken as configured.
         pipeline: More passes to apply.
         console: Where to print.
+        views: What to print.
         abstract: Shapes alone, without parameters.
 
     Raises:
@@ -34,10 +51,10 @@ def inspect_config(config: Config, pipeline: str, console: Console, *, abstract:
         vocabulary = runs.tokenizer.load(config.tokenizer.file).vocabulary
     program = programs.build_program(config, vocabulary, abstract=abstract)
     samples = () if abstract else (programs.example_batch(config),)
-    show(compax.Pipeline.parse(pipeline)(program, *samples), console)
+    show(compax.Pipeline.parse(pipeline)(program, *samples), console, views)
 
 
-def inspect_run(config: Config, pipeline: str, console: Console) -> None:
+def inspect_run(config: Config, pipeline: str, console: Console, views: Views) -> None:
     """Prints the trained program of a run.
 
     Raises:
@@ -45,10 +62,10 @@ def inspect_run(config: Config, pipeline: str, console: Console) -> None:
     """
     run = runs.restore(config)
     console.say(f"{run.directory} at step {run.step}")
-    show(runs.transformed(run, pipeline), console)
+    show(runs.transformed(run, pipeline), console, views)
 
 
-def inspect_model(model: str, pipeline: str, console: Console, *, abstract: bool) -> None:
+def inspect_model(model: str, pipeline: str, console: Console, views: Views, *, abstract: bool) -> None:
     """Prints the program of a named size of the decoder, or of weights.
 
     Raises:
@@ -58,7 +75,7 @@ def inspect_model(model: str, pipeline: str, console: Console, *, abstract: bool
     if model in generate.KNOWN_WEIGHTS and not abstract:
         path = generate.weights_path(model)
         ids = Tokenizer(load_tokenizer(path)).encode(generate.SAMPLE)
-        show(generate.captured(load_decoder(path), pipeline, model, ids), console)
+        show(generate.captured(load_decoder(path), pipeline, model, ids), console, views)
         return
     if model not in decoder.SIZES:
         raise ConfigError(f"no model '{model}'{closest(model, decoder.SIZES)}")
@@ -69,11 +86,10 @@ def inspect_model(model: str, pipeline: str, console: Console, *, abstract: bool
 
     tokens = jnp.zeros((1, min(_TOKENS, shape.context_length)), jnp.int32)
     program = compax.capture(nnx.eval_shape(make) if abstract else make(), tokens, mode="eval", name="decoder")
-    show(compax.Pipeline.parse(pipeline)(program, *(() if abstract else (tokens,))), console)
+    show(compax.Pipeline.parse(pipeline)(program, *(() if abstract else (tokens,))), console, views)
 
 
-def show(program: compax.Program, console: Console) -> None:
-    """Prints a program and its coverage, both predicted from its graph; its history is part of the print."""
-    console.say(str(program))
-    console.say("")
-    console.say(str(coverage(program)))
+def show(program: compax.Program, console: Console, views: Views) -> None:
+    """Prints a program and its coverage, both predicted from its graph, or the views that were asked for."""
+    texts = [axes_text(program)] * views.axes + [composites_text(program)] * views.composites
+    console.say("\n\n".join(texts or [str(program), str(coverage(program))]))

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from compax import _jax
 from compax.analysis.atoms import Atom, Atoms, Factors, Tangle, size_of
 from compax.analysis.axes_rules import RULES, check_sizes
 from compax.analysis.normal import Node, Normal, Val
@@ -360,12 +361,12 @@ class Engine:
 
 def _origin(index: Val) -> str:
     """What indices come from, for a reason."""
+    while index.node is not None and index.node.name in ("broadcast_in_dim", "reshape", "squeeze", "transpose"):
+        index = index.node.inputs[0]
     return "constants" if index.static else f"an {index.input.kind}" if index.input is not None else "computed indices"
 
 
 def _source(equation: Any) -> str:
-    from compax import _jax
-
     return _jax.source_text(equation)
 
 

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 Rule = Callable[["Engine", Node], None]
 
 _ELEMENTWISE = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp convert_element_type
-    cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag integer_pow is_finite
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
+    convert_element_type cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma
+    igammac imag integer_pow is_finite
     le le_to lgamma log log1p logistic lt lt_to max min mul ne neg nextafter not or population_count pow real rem round
     rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh xor
     complex conj erf_inv polygamma random_wrap random_unwrap bitcast_convert_type clz reduce_precision psum pmax pmin
@@ -85,7 +86,9 @@ def _concatenate(engine: "Engine", node: Node) -> None:
     dims = engine.together(node, range(len(node.inputs)), skip=(axis,))
     family = engine.end_members(node.inputs)
     whole = family is not None and all(x.shape[axis] == 1 for x in node.inputs)
-    dims[axis] = family if family is not None and whole else engine.atoms.join([engine.dims[x][axis] for x in node.inputs])
+    dims[axis] = (
+        family if family is not None and whole else engine.atoms.join([engine.dims[x][axis] for x in node.inputs])
+    )
     engine.set(output, dims)
 
 

@@ -142,6 +142,21 @@ class Alignment:
         return a
 
 
+def region(output: Val, inputs: Iterable[Val]) -> tuple[Node, ...]:
+    """The nodes that compute a value from others, in order; static ones left out."""
+    found: set[Node] = set()
+    seen = set(inputs)
+    waiting = [output]
+    while waiting:
+        x = waiting.pop()
+        if x in seen or x.node is None or x.static:
+            continue
+        seen.add(x)
+        found.add(x.node)
+        waiting.extend(x.node.inputs)
+    return tuple(sorted(found, key=lambda node: node.number))
+
+
 def _repeated(size: int) -> Row:
     return (Digit(None, 0, 1, size),) if size > 1 else ()
 

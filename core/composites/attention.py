@@ -191,7 +191,7 @@ def _ahead(node: Node, x: Val, dims: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def _product(view: View, x: Val, dims: tuple[int, ...]) -> tuple[Node, int, tuple[Node, ...]] | None:
-    """The product that contracts the keys of weights: the node, which operand the weights are, and what lies between."""
+    """The product that contracts the keys of weights: the node, which operand they are, and what lies between."""
     waiting: list[tuple[Val, tuple[int, ...], tuple[Node, ...]]] = [(x, dims, ())]
     for value, where, passed in waiting:
         if len(waiting) > _DEEPEST:
@@ -268,7 +268,13 @@ def _attention(view: View, softmax: Softmax) -> Attention | None:
         rotation=rotation,
         cross=not cache and not _same_source(*sources),
         cached=cache,
-        **axes,
+        batch=axes["batch"],
+        groups=axes["groups"],
+        repeats=axes["repeats"],
+        queries=axes["queries"],
+        keys=axes["keys"],
+        head_size=axes["head_size"],
+        value_size=axes["value_size"],
     )
 
 

@@ -1,9 +1,9 @@
 """Experts: a router, and feed-forwards with a dimension of experts that is neither summed over nor kept.
 
-Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer", 2017, arXiv:1701.06538;
-Fedus et al., "Switch Transformers", 2021, arXiv:2101.03961. Per-expert weights are told by the axes: products of which
-the experts are a batch dimension, grouped products, or products with single slices of stacked weights. The router is the
-linear layer that has the same axis as its result.
+Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer", 2017,
+arXiv:1701.06538; Fedus et al., "Switch Transformers", 2021, arXiv:2101.03961. Per-expert weights are told by the axes:
+products of which the experts are a batch dimension, grouped products, or products with single slices of stacked
+weights. The router is the linear layer that has the same axis as its result.
 """
 
 from collections.abc import Sequence

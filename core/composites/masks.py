@@ -162,7 +162,7 @@ class _Region:
         seen = ~(array <= (-1e8 if lowest <= -1e8 else _MASKED)) & ~np.isnan(array)
         kept = [self.column] if self.row is None else [self.row, self.column]
         rest = tuple(dim for dim in range(array.ndim) if dim not in kept)
-        first = seen.all(axis=rest, keepdims=True)
+        first = np.asarray(seen.all(axis=rest, keepdims=True))
         if not (first == seen).all():
             return None
         first = np.moveaxis(first, kept, range(-len(kept), 0)).reshape([first.shape[dim] for dim in kept])
@@ -437,7 +437,8 @@ def _function(at: Callable[[float], float]) -> tuple[float, float | None, str]:
     zero = at(0.0)
     scale = (at(1e-2) - zero) / 1e-2 if abs(zero) < 1.0 else at(1.0) - zero
     values = [at(point) - zero for point in _POINTS]
-    if all(abs(value - scale * point) <= 1e-3 * abs(scale * point) + 1e-5 for point, value in zip(_POINTS, values)):
+    wanted = [scale * point for point in _POINTS]
+    if all(abs(value - w) <= 1e-3 * abs(w) + 1e-5 for w, value in zip(wanted, values, strict=True)):
         slope = values[2] / _POINTS[2] if abs(zero) < 1.0 else scale
         return float(f"{slope:.7g}"), None, "dot"
     cap = at(1e9) - zero

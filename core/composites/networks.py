@@ -18,10 +18,10 @@ import numpy as np
 from compax.analysis.folding import Folder, TooLarge, Unknown
 from compax.analysis.normal import Depends, Node, Val
 from compax.composites.activations import GRID, name_activation
-from compax.composites.alignment import ELEMENTWISE, Alignment, Misaligned, Row
+from compax.composites.alignment import ELEMENTWISE, Alignment, Misaligned, Row, region
 from compax.composites.attention import drop_rate
 from compax.composites.base import FeedForward
-from compax.composites.normalization import number, region
+from compax.composites.normalization import number
 from compax.composites.view import Linear, View, parameter_only, rearranged, unbroadcast
 
 _LAYOUT = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})

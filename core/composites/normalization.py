@@ -12,18 +12,18 @@ and neither is a division by a norm, which is no mean.
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import jax.numpy as jnp
 
 from compax.analysis.folding import Folder, TooLarge, Unknown
 from compax.analysis.normal import Depends, Node, Val
-from compax.composites.alignment import Alignment, Misaligned
+from compax.composites.alignment import Alignment, Digit, Misaligned, Row, region
 from compax.composites.base import Normalization
 from compax.composites.view import View, rearranged, scalar, unbroadcast
 
-_REGROUP = ("reshape", "squeeze", "convert_element_type")
-_LAYOUT = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
+_REGROUP = ("reshape", "squeeze", "transpose", "convert_element_type")
+_LAYOUT = ("broadcast_in_dim", "reshape", "squeeze", "transpose")
 _PICKED = ("reshape", "squeeze", "broadcast_in_dim", "convert_element_type", "scan_slice", "slice", "dynamic_slice")
 _DEEPEST = 16
 
@@ -117,28 +117,13 @@ def number(view: View, x: Val) -> float | None:
     return view.memo[key]
 
 
-def region(output: Val, inputs: Iterable[Val]) -> tuple[Node, ...]:
-    """The nodes that compute a value from others, in order; static ones left out."""
-    found: set[Node] = set()
-    seen = set(inputs)
-    waiting = [output]
-    while waiting:
-        x = waiting.pop()
-        if x in seen or x.node is None or x.static:
-            continue
-        seen.add(x)
-        found.add(x.node)
-        waiting.extend(x.node.inputs)
-    return tuple(sorted(found, key=lambda node: node.number))
-
-
 # -- Statistics -------------------------------------------------------------------------------------------------------
 
 
 def _statistic(view: View, x: Val) -> _Statistic | None:
     epsilon = 0.0
     for _ in range(_DEEPEST):
-        x = _finite(view, unbroadcast(x))
+        x = _finite(view, _bare(x))
         node = x.node
         if node is None or node.name not in ("add", "max"):
             break
@@ -146,18 +131,14 @@ def _statistic(view: View, x: Val) -> _Statistic | None:
         if operand is None:
             break
         x, constant = operand
-        if constant > 0 and epsilon:
-            return None
-        if constant < 0 and node.name == "add":
+        if (constant > 0 and epsilon) or (constant < 0 and node.name == "add"):
             return None
         epsilon = max(epsilon, constant)
     if _stored(x):
         return _Statistic("running", None, (), epsilon, stored=x)
     mean = _mean(view, x)
-    if mean is not None:
-        base = _squared(view, mean[0])
-        if base is None:
-            return None
+    base = None if mean is None else _squared(view, mean[0])
+    if mean is not None and base is not None:
         axes, inner = mean[1], base.node
         if inner is not None and inner.name == "sub" and _is_mean(view, inner.inputs[1], inner.inputs[0], axes):
             return _Statistic("variance", inner.inputs[0], axes, epsilon)
@@ -165,7 +146,7 @@ def _statistic(view: View, x: Val) -> _Statistic | None:
     node = x.node
     if node is None or node.name != "sub":
         return None
-    mean, second = _mean(view, node.inputs[0]), unbroadcast(node.inputs[1])
+    mean, second = _mean(view, node.inputs[0]), _bare(node.inputs[1])
     square, root = None if mean is None else _squared(view, mean[0]), _squared(view, second)
     if mean is None or square is None or second.node is None:
         return None
@@ -192,15 +173,15 @@ def _finite(view: View, x: Val) -> Val:
     for i in (1, 2):
         other = number(view, node.inputs[i])
         if other is not None and math.isnan(other):
-            return unbroadcast(node.inputs[3 - i])
+            return _bare(node.inputs[3 - i])
     return x
 
 
 def _mean(view: View, x: Val) -> tuple[Val, tuple[int, ...]] | None:
     """What a value is the mean of, and over which dimensions."""
-    x = _finite(view, unbroadcast(x))
+    x = _finite(view, _bare(x))
     total, count, exact = _counted(view, x) or (x, 1.0, True)
-    node = unbroadcast(total).node
+    node = _bare(total).node
     if node is None or node.name != "reduce_sum":
         return None
     operand, axes = node.inputs[0], tuple(sorted(node.attributes["axes"]))
@@ -237,14 +218,19 @@ def _squared(view: View, x: Val) -> Val | None:
 
 
 def _is_mean(view: View, mean: Val, x: Val, axes: tuple[int, ...]) -> bool:
-    """Whether a value is the mean of `x` over some dimensions."""
+    """Whether a value is the mean of `x` over some dimensions; where `x` was rearranged, these are compared later."""
     found = _mean(view, mean)
-    return found is not None and found[1] == axes and found[0].shape == x.shape and found[0] is x
+    return found is not None and _same(found[0], x) and (found[1] == axes or found[0] is not x)
 
 
 def _same(one: Val, other: Val) -> bool:
-    """Whether two values are one, perhaps regrouped."""
+    """Whether two values are one, perhaps rearranged."""
     return one is other or rearranged(one, _REGROUP) is rearranged(other, _REGROUP)
+
+
+def _bare(x: Val) -> Val:
+    """A value without what repeats or rearranges it."""
+    return rearranged(x, (*_LAYOUT, "convert_element_type"))
 
 
 def _stored(x: Val) -> bool:
@@ -293,6 +279,7 @@ def _quotients(view: View, root: Val, inverse: bool, statistic: _Statistic) -> I
 
 
 def _numerator(view: View, x: Val, statistic: _Statistic, *, weighted: bool = True) -> _Numerator | None:
+    """A value as what the root divides; none if it is something else."""
     given, node = statistic.x, x.node
     if given is not None and _same(x, given):
         return _Numerator(x, centered=False)
@@ -315,10 +302,7 @@ def _is_center(view: View, mean: Val, x: Val, statistic: _Statistic) -> bool:
         return _stored(mean) and not _affine(x) and not x.static
     if statistic.x is None or statistic.kind != "variance" or not _same(x, statistic.x):
         return False
-    found = _mean(view, mean)
-    if found is None or found[1] != statistic.axes:
-        return False
-    return _same(found[0], x) and found[0].shape == statistic.x.shape
+    return _is_mean(view, mean, x, statistic.axes if x is statistic.x else ())
 
 
 def _chain(view: View, quotient: _Quotient, statistic: _Statistic, outputs: Collection[Val]) -> Iterator[_Quotient]:
@@ -355,7 +339,7 @@ def _chain(view: View, quotient: _Quotient, statistic: _Statistic, outputs: Coll
 
 def _shift(view: View, x: Val, sign: int, quotient: _Quotient, statistic: _Statistic) -> tuple[Val, Val | None] | None:
     """The mean and the bias in `- mean * factor + bias`, which follows where `x` was not centered before."""
-    x = unbroadcast(x)
+    x = _bare(x)
     node, factor = x.node, quotient.factor
     if node is None or factor is None:
         return None
@@ -363,8 +347,8 @@ def _shift(view: View, x: Val, sign: int, quotient: _Quotient, statistic: _Stati
         return _shift(view, node.inputs[0], -sign, quotient, statistic)
     if node.name == "mul":
         for i in (0, 1):
-            if unbroadcast(node.inputs[i]) is unbroadcast(factor):
-                mean = unbroadcast(node.inputs[1 - i])
+            if _bare(node.inputs[i]) is _bare(factor):
+                mean = _bare(node.inputs[1 - i])
                 if mean.node is not None and mean.node.name == "neg":
                     mean, sign = mean.node.inputs[0], -sign
                 fits = sign == -1 and _is_center(view, mean, quotient.numerator.x, statistic)
@@ -396,9 +380,10 @@ def _normalization(view: View, statistic: _Statistic, chain: list[_Quotient]) ->
         given = {"weight": weight, "bias": bias} | {f"stored {i}": y for i, y in enumerate(stored)}
         inputs = (x, *dict.fromkeys(y for y in given.values() if y is not None))
         nodes = region(quotient.output, inputs)
-        kind = _type(view, statistic, quotient, x, given, nodes)
-        if kind is None:
+        told = _type(view, statistic, quotient, x, given, nodes)
+        if told is None:
             continue
+        kind, axes = told
         return Normalization(
             inputs=inputs,
             output=quotient.output,
@@ -410,7 +395,7 @@ def _normalization(view: View, statistic: _Statistic, chain: list[_Quotient]) ->
             weight=weight,
             bias=bias,
             epsilon=statistic.epsilon,
-            axes=statistic.axes,
+            axes=axes,
         )
     return None
 
@@ -419,9 +404,7 @@ def _common(one: Val, other: Val | None) -> Val:
     """What two values that are the same, perhaps regrouped, both come from."""
     if other is None or one is other:
         return one
-    chain: set[Val] = set()
-    for x in _regrouped(one):
-        chain.add(x)
+    chain = set(_regrouped(one))
     return next(x for x in _regrouped(other) if x in chain)
 
 
@@ -439,8 +422,8 @@ def _type(
     x: Val,
     given: dict[str, Val | None],
     nodes: tuple[Node, ...],
-) -> str | None:
-    """The type of a normalization; none if its dimensions do not line up, or the weight stands on the wrong ones."""
+) -> tuple[str, tuple[int, ...]] | None:
+    """Type and axes of a normalization; none if its dimensions do not line up, or the weight stands on wrong ones."""
     alignment = Alignment(("x",))
     # Parts of a dimension are told from dimensions one reshape further up.
     regroup = x.node if x.node is not None and x.node.name == "reshape" else None
@@ -460,35 +443,54 @@ def _type(
     if statistic.x is None:
         features = {digit.dim for met in alignment.met.values() for digit in met}
         size = math.prod(base.shape[dim] for dim in features)
-        fits = all(
-            math.prod(y.shape) == size for name, y in given.items() if y is not None and name.startswith("stored")
-        )
-        return "batch_running" if fits and size < math.prod(base.shape) else None
-    places = alignment.dims[statistic.x]
-    bare = [dim for dim in range(len(places)) if dim not in statistic.axes]
-    reduced = [digit for dim in statistic.axes for digit in places[dim]]
+        stored = [math.prod(y.shape) for name, y in given.items() if y is not None and name.startswith("stored")]
+        return ("batch_running", ()) if {*stored} == {size} and size < math.prod(base.shape) else None
+    reductions = [
+        {digit for dim in node.attributes["axes"] for digit in alignment.dims[node.inputs[0]][dim]}
+        for node in nodes
+        if node.name == "reduce_sum"
+    ]
+    if any(other != reductions[0] for other in reductions):
+        return None
+    reduced, axes = reductions[0], statistic.axes
+    if statistic.x is not x:
+        mine = tuple(dim for dim, row in enumerate(alignment.dims[x]) if row and reduced.issuperset(row))
+        axes = mine if sum(len(alignment.dims[x][dim]) for dim in mine) == len(reduced) else axes
+    places = alignment.dims[x if axes is not statistic.axes else statistic.x]
+    kind = _kind(view, base, places, axes, weighted, regrouped=statistic.x is not quotient.numerator.x)
+    return None if kind is None else (kind if statistic.kind != "square" else "rms", axes)
+
+
+def _kind(
+    view: View, x: Val, places: Sequence[Row], axes: tuple[int, ...], weighted: Sequence[Digit], *, regrouped: bool
+) -> str | None:
+    """The type of a normalization by what its statistics and its weights are over.
+
+    Digits are of the dimensions of `x`. `places` are dimensions of what statistics are taken of over `axes`, `weighted`
+    is where weight and bias stand; `regrouped` says that what is normalized is arranged in another way.
+    """
+    bare = [dim for dim in range(len(places)) if dim not in axes]
+    reduced = [digit for dim in axes for digit in places[dim]]
     kept = [digit for dim in bare for digit in places[dim]]
     on_reduced = any(digit.overlaps(other) for digit in weighted for other in reduced)
     on_kept = [digit for digit in kept if any(digit.overlaps(other) for other in weighted)]
-    halved = {digit.dim for digit in reduced}
-    foreign = {digit.dim for digit in on_kept if digit.dim not in halved and not _free(view, base, digit.dim)}
+    partly = {digit.dim for digit in reduced}
+    foreign = {digit.dim for digit in on_kept if digit.dim not in partly and not _free(view, x, digit.dim)}
     if foreign and (on_reduced or len(foreign) > 1):
         return None
-    if statistic.kind == "square":
-        return "rms"
-    split = halved & {digit.dim for digit in kept}
-    trailing = statistic.axes == tuple(range(len(bare), len(places)))
+    split = partly & {digit.dim for digit in kept}
+    trailing = axes == tuple(range(len(bare), len(places)))
     if split:
-        apart = statistic.x is not quotient.numerator.x or bool(on_reduced and on_kept)
-        return "layer" if trailing and not apart and halved == split else "group"
+        apart = regrouped or bool(on_reduced and on_kept)
+        return "layer" if trailing and not apart and partly == split else "group"
     if on_reduced or (trailing and not weighted):
         return "layer"
     if weighted:
         covered = [dim for dim in bare if any(digit in on_kept for digit in places[dim])]
         return "batch" if covered == bare else "group"
-    if 0 not in statistic.axes:
+    if 0 not in axes:
         return "group"
-    return "batch" if any(not _free(view, base, digit.dim) for digit in reduced) else "layer"
+    return "batch" if any(not _free(view, x, digit.dim) for digit in reduced) else "layer"
 
 
 def _free(view: View, x: Val, dim: int) -> bool:

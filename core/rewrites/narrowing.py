@@ -170,8 +170,8 @@ class Narrowing:
         together = np.ravel_multi_index(np.meshgrid(*parts, indexing="ij"), sizes).reshape(-1)
         if not np.array_equal(together, indices):
             raise RewriteError(
-                f"{what} is a product of {' x '.join(map(str, sizes))} in the graph '{self._name}', and the indices that "
-                "are to be kept are not all combinations of indices of these; choose indices of each factor"
+                f"{what} is a product of {' x '.join(map(str, sizes))} in the graph '{self._name}', and the indices "
+                "that are to be kept are not all combinations of indices of these; choose indices of each factor"
             )
         for atom, part in zip(factors, parts, strict=True):
             self.assign((atom,), part, what)

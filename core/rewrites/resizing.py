@@ -198,7 +198,8 @@ class Frame:
             results = self._plain(op, self._factors(op, operands))
         else:
             node = outputs[0].node
-            assert node is not None and len(node.inputs) == len(operands), f"'{op.name}' has no node of its own"
+            assert node is not None
+            assert len(node.inputs) == len(operands), f"'{op.name}' has no node of its own"
             results = self._plain(op, [self._used(node, i, x, op.inputs[i]) for i, x in enumerate(operands)])
         self._env.update(zip(op.outputs, results, strict=True))
 
@@ -271,7 +272,8 @@ class Frame:
     def _factors(self, op: Op, operands: Sequence[Held]) -> list[Held]:
         """Operands of a product without a contraction, which the normal form broadcasts first."""
         product = self.vals[op.outputs[0]].node
-        assert product is not None and product.name == "mul"
+        assert product is not None
+        assert product.name == "mul"
         results: list[Held] = []
         for side, x in enumerate(operands):
             use = self.narrowing.engine.uses.get((product.number, side))
@@ -377,7 +379,10 @@ class Frame:
             outputs = [Value(value.aval) for value in op.outputs]
             env.update(zip(op.outputs, outputs, strict=True))
             inputs = tuple(env[x] if isinstance(x, Value) else x for x in op.inputs)
-            self._append(dataclasses.replace(op, inputs=inputs, outputs=tuple(outputs)), (id(op.equation) if op.bodies else repr(op.attributes),))
+            self._append(
+                dataclasses.replace(op, inputs=inputs, outputs=tuple(outputs)),
+                (id(op.equation) if op.bodies else repr(op.attributes),),
+            )
         results = [env[x] for x in graph.outputs if isinstance(x, Value)]
         assert len(results) == len(graph.outputs)
         return [x for x in results if isinstance(x, Value)]
@@ -395,7 +400,7 @@ class Frame:
         (value,) = self.trace(lambda: jax.lax.full(shape, 0, dtype))
         return Held(dims, value)
 
-    # -- what operands have of their dimensions ---------------------------------------------------------------------------
+    # -- what operands have of their dimensions -----------------------------------------------------------------------
 
     def adapt(self, x: Held, dims: Dims, old: Operand, *, positional: bool = False) -> Held:
         """An operand that has other indices of its dimensions.

@@ -5,10 +5,10 @@ the new sizes. That of a `jax.custom_vjp` is two functions that JAX has not trac
 is, or the rewrite is refused.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,7 @@ from compax.capture import Input
 from compax.errors import RewriteError
 from compax.ir import Graph, Op, Operand, Path, Value
 from compax.lowering import Evaluator
-from compax.rewrites.narrowing import Dims, Narrowing, same, signature, spelled
+from compax.rewrites.narrowing import Dims, Narrowing, signature, spelled
 from compax.rewrites.resizing import Frame, Held, Resizer, whole
 
 Handler = Callable[[Frame, Op, list[Held], Path], list[Held]]
@@ -161,9 +161,7 @@ def _custom_jvp(frame: Frame, op: Op, operands: list[Held], path: Path) -> list[
     if key not in functions:
         functions[key] = (_with_rule(frame, op, body, [x.dims for x in given], results), op, body)
     values = frame.splice(functions[key][0], [frame.there(op, x) for x in given])
-    return [
-        Held(each, value, dropped=x.dropped) for each, value, x in zip(results, values, held, strict=True)
-    ]
+    return [Held(each, value, dropped=x.dropped) for each, value, x in zip(results, values, held, strict=True)]
 
 
 def _with_rule(frame: Frame, op: Op, body: Graph, given: Sequence[Dims], wanted: Sequence[Dims]) -> Graph:

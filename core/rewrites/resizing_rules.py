@@ -5,7 +5,6 @@ it returns may have more, or in another order, than is wanted: the frame takes w
 is not in the table computes whatever shapes it gets.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,7 +42,7 @@ def _broadcast(frame: Frame, op: Op, operands: Sequence[Held], wanted: Sequence[
         if out in taken:
             dims[out] = operands[0].dims[dim]
     inputs = _inputs(frame, op, operands)
-    parameters = {"shape": new_shape(output.shape, dims)}
+    parameters = {"shape": new_shape(output.shape, tuple(dims))}
     (held,) = frame.emit(op, inputs, [tuple(dims)], parameters)
     made = frame.ops[-1]
     repeated = frozenset(range(len(output.shape))) - taken
@@ -53,7 +52,7 @@ def _broadcast(frame: Frame, op: Op, operands: Sequence[Held], wanted: Sequence[
 
 def _slice(frame: Frame, op: Op, operands: Sequence[Held], wanted: Sequence[Dims]) -> list[Held]:
     (x,), (old,), (output,) = operands, op.inputs, op.outputs
-    starts, stops = op.attributes["start_indices"], op.attributes["limit_indices"]
+    starts = op.attributes["start_indices"]
     strides = op.attributes["strides"] or (1,) * len(starts)
     positions = [
         spelled(kept, size) * stride + start
@@ -62,9 +61,7 @@ def _slice(frame: Frame, op: Op, operands: Sequence[Held], wanted: Sequence[Dims
     return [_cut(frame, op, x, old, positions, wanted[0], output)]
 
 
-def _cut(
-    frame: Frame, op: Op, x: Held, old: Operand, indices: Sequence[np.ndarray], dims: Dims, output: Value
-) -> Held:
+def _cut(frame: Frame, op: Op, x: Held, old: Operand, indices: Sequence[np.ndarray], dims: Dims, output: Value) -> Held:
     """A slice of what an operand has; a gather, where its indices are not evenly apart."""
     places = [
         frame.positions(spelled(kept, size), chosen, size)
@@ -147,8 +144,9 @@ def _in_order(
         operands, parts = [operands[i] for i in order], [parts[i] for i in order]
     natural = np.concatenate(parts)
     kept: Kept = None if np.array_equal(natural, np.arange(output.shape[axis])) else natural
-    if kept is not None and wanted[axis] is not None and np.array_equal(kept, wanted[axis]):
-        kept = wanted[axis]
+    asked = wanted[axis]
+    if kept is not None and asked is not None and np.array_equal(kept, asked):
+        kept = asked
     dims = tuple(kept if i == axis else each for i, each in enumerate(wanted))
     return frame.emit(op, _inputs(frame, op, operands), [dims])
 

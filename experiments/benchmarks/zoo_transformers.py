@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
+from flax.core import unfreeze
 
 from compax.experiments.benchmarks import zoo_case
 from compax.experiments.benchmarks.zoo_case import Attention, Case, Expected, FeedForward, Variant, Widths
@@ -52,14 +53,14 @@ def _filled(shapes: Any) -> Any:
     def leaf(path: tuple[Any, ...], x: Any) -> jax.Array:
         return zoo_case.fill((jax.tree_util.keystr(path[-1:], simple=True),), x.shape, x.dtype, random)
 
-    return flax.core.unfreeze(jax.tree_util.tree_map_with_path(leaf, shapes))
+    return unfreeze(jax.tree_util.tree_map_with_path(leaf, shapes))
 
 
 def filled_cache(widths: Widths, make: Callable[[], Any]) -> Any:
     """A cache with numbers in every place and `widths.filled` of them taken: unused places must not be read."""
     index = jnp.asarray(widths.filled, jnp.int32)
-    cache = flax.traverse_util.flatten_dict(_filled(jax.eval_shape(make)))
-    return flax.traverse_util.unflatten_dict({p: index if p[-1] == "cache_index" else x for p, x in cache.items()})
+    cache = traverse_util.flatten_dict(_filled(jax.eval_shape(make)))
+    return traverse_util.unflatten_dict({p: index if p[-1] == "cache_index" else x for p, x in cache.items()})
 
 
 def model_of(kind: str, config: Any, variant: Variant, shape: Any) -> Any:

@@ -150,7 +150,9 @@ EXPECTED = {
 def test_axes_of_every_parameter(name: str) -> None:
     program = zoo.build(name).capture()
     meaning = program.meaning()
-    found = {x.input.path: meaning.dims(x) for x in meaning.view.normal.inputs if x.input and x.input.kind == "parameter"}
+    found = {
+        x.input.path: meaning.dims(x) for x in meaning.view.normal.inputs if x.input and x.input.kind == "parameter"
+    }
     assert found == EXPECTED[name]()
 
 
@@ -230,7 +232,9 @@ def test_experts_that_are_added_up_cover_their_dimension_if_none_is_missing() ->
 
 
 def test_members_that_are_returned_keep_their_order() -> None:
-    _, dims = engine(lambda params, x: (x @ params["w"][0], x @ params["w"][1]), {"w": jnp.ones((2, 4, 5))}, jnp.ones((2, 4)))
+    _, dims = engine(
+        lambda params, x: (x @ params["w"][0], x @ params["w"][1]), {"w": jnp.ones((2, 4, 5))}, jnp.ones((2, 4))
+    )
     assert dims["w"][0][0].reasons
 
 

@@ -125,7 +125,7 @@ def test_segments_are_no_padding() -> None:
 
 def test_a_mask_that_differs_between_heads_is_not_named() -> None:
     reach = jnp.arange(1, H + 1)[:, None, None]
-    mask = only(lambda params, x: attend(params, x, masked((ROWS - COLUMNS < reach) & (ROWS >= COLUMNS))), X).mask
+    mask = only(lambda params, x: attend(params, x, masked((reach > ROWS - COLUMNS) & (ROWS >= COLUMNS))), X).mask
     assert mask.kind == "unknown"
     assert "heads" in mask.unknown
 
