@@ -1,0 +1,511 @@
+"""Sinking: a fused product that is taken apart afterwards becomes one product for each part, and back.
+
+Models store queries, keys and values (or a gate and what it gates) in one kernel and split its product. `sink` moves
+the split into the parameter, and into what else goes the same way, such as its bias; `fuse` puts parts together again.
+Where to cut is told by the axes: the dimension is a sum in the product's result, at whatever place in the kernel's own
+dimension, also inside of heads.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from compax import _jax, ir, lowering
+from compax.analysis.atoms import Atom, size_of
+from compax.analysis.normal import Node, Val
+from compax.analysis.provenance import reshape_groups
+from compax.capture import Captured, Input
+from compax.composites.view import View, parameter_only
+from compax.encoding import Encoded, Slices
+from compax.errors import EncodingError, RewriteError
+from compax.program import Program
+
+_ELEMENTWISE = (
+    "add", "add_any", "sub", "mul", "div", "neg", "exp", "tanh", "logistic", "max", "min", "abs", "sqrt", "rsqrt",
+    "square", "integer_pow", "erf", "log", "log1p", "expm1", "sign", "pow",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How one parameter is taken apart.
+
+    Attributes:
+        path: the parameter.
+        dim: its dimension, counted from the end.
+        outer: how many times the parts alternate: 1 if each is whole, the number of heads if the cut is inside of heads.
+        sizes: sizes of the parts each time.
+    """
+
+    path: str
+    dim: int
+    outer: int
+    sizes: tuple[int, ...]
+
+    def paths(self) -> tuple[str, ...]:
+        """Names of the parts."""
+        return tuple(f"{self.path}.{i}" for i in range(len(self.sizes)))
+
+    def apart(self, x: Any) -> list[Any]:
+        """The parts of an array, or of a shape."""
+        axis = len(x.shape) + self.dim
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return [jax.ShapeDtypeStruct((*before, self.outer * n, *after), x.dtype) for n in self.sizes]
+        spread = x.reshape(*before, self.outer, sum(self.sizes), *after)
+        parts = jnp.split(spread, np.cumsum(self.sizes)[:-1].tolist(), axis + 1)
+        return [part.reshape(*before, -1, *after) for part in parts]
+
+
+def sink(program: Program, parameter: str) -> Program:
+    """A program in which a fused product is one product for each part.
+
+    Args:
+        program: the program; it is not changed.
+        parameter: path of the fused kernel.
+
+    Returns:
+        A program with the parameters `path.0`, `path.1`, ... in place of the kernel and of what goes the same way.
+
+    Raises:
+        RewriteError: the parameter is unknown or encoded, its product is not taken apart, or something needs the
+            product as a whole.
+    """
+    if parameter not in program.params:
+        raise RewriteError(f"the program '{program.name}' has no parameter '{parameter}'")
+    cuts = _cuts(program, parameter)
+    params: dict[str, Any] = {}
+    by_path = {cut.path: cut for cut in cuts}
+    for path, x in program.params.items():
+        if path not in by_path:
+            params[path] = x
+            continue
+        if isinstance(x, Encoded):
+            raise RewriteError(f"'{path}' is {x.format}; sink before parameters are encoded")
+        params |= dict(zip(by_path[path].paths(), by_path[path].apart(x), strict=True))
+    graphs = {key: sink_captured(captured, cuts) for key, captured in program.graphs.items()}
+    frozen = frozenset(
+        name for path in program.frozen for name in (by_path[path].paths() if path in by_path else (path,))
+    )
+    return program.replace(params=params, graphs=graphs, frozen=frozen)
+
+
+def sink_captured(captured: Captured, cuts: Sequence[Cut]) -> Captured:
+    """One graph, with some parameters taken apart.
+
+    Raises:
+        RewriteError: something needs one of them, or a product with one, as a whole.
+    """
+    by_path = {cut.path: cut for cut in cuts}
+    avals: list[Any] = []
+    tags: list[Input] = []
+    for value, tag in zip(captured.graph.inputs, captured.inputs, strict=True):
+        cut = by_path.get(tag.path) if tag.kind == "parameter" else None
+        if cut is None:
+            avals.append(value.aval)
+            tags.append(tag)
+            continue
+        for name, part in zip(cut.paths(), cut.apart(jax.ShapeDtypeStruct(value.shape, value.dtype)), strict=True):
+            avals.append(_jax.with_shape(value.aval, part.shape))
+            tags.append(Input("parameter", name))
+    if len(tags) == len(captured.inputs) and tuple(tags) == captured.inputs:
+        return captured
+    evaluator = lowering.Evaluator()
+
+    def function(*arrays: Any) -> list[Any]:
+        given = iter(arrays)
+        values: list[Any] = []
+        for tag in captured.inputs:
+            cut = by_path.get(tag.path) if tag.kind == "parameter" else None
+            if cut is None:
+                values.append(next(given))
+            else:
+                values.append(Parts(tuple(next(given) for _ in cut.sizes), cut.dim, cut.outer))
+        return [evaluator.dense(x, "output") for x in evaluator.run(captured.graph, values)]
+
+    with jax.sharding.use_abstract_mesh(captured.signature.mesh or jax.sharding.get_abstract_mesh()):
+        try:
+            graph = ir.trace(function, *avals)
+        except EncodingError as error:
+            raise RewriteError(f"{', '.join(by_path)}: {error}") from error
+    if evaluator.decodes:
+        first = evaluator.decodes[0]
+        raise RewriteError(
+            f"'{first.operation}' in the graph '{captured.entry.name}' needs {', '.join(by_path)}, or a product with "
+            "it, as a whole; leave it fused"
+        )
+    return dataclasses.replace(captured, graph=graph, inputs=tuple(tags))
+
+
+def fuse(program: Program, parameters: Sequence[str], name: str, dim: int = -1, outer: int = 1) -> Program:
+    """A program in which several parameters are one, and their products of one value are one product.
+
+    The reverse of `sink`: the product is taken apart again where its parts are used. Parameters that no product
+    consumes, such as biases, are stored together and taken apart at their use.
+
+    Args:
+        program: the program; it is not changed.
+        parameters: paths of the parts, in order.
+        name: path of the whole.
+        dim: the dimension along which the parts lie in a row, counted from the end.
+        outer: how many times the parts alternate along it, as in `Cut`.
+
+    Raises:
+        RewriteError: the parts do not fit together, or the name is taken.
+    """
+    missing = [path for path in parameters if path not in program.params]
+    if missing or len(parameters) < 2:
+        raise RewriteError(f"fuse takes two parameters or more of the program; not there: {', '.join(missing) or '-'}")
+    if name in program.params and name not in parameters:
+        raise RewriteError(f"the program has a parameter '{name}' already")
+    parts = [program.params[path] for path in parameters]
+    shapes = {(*x.shape[: x.ndim + dim], *x.shape[x.ndim + dim + 1 :]) for x in parts}
+    if len(shapes) > 1 or len({x.dtype for x in parts}) > 1 or any(isinstance(x, Encoded) for x in parts):
+        listed = ", ".join(f"{path} {x.dtype}{list(x.shape)}" for path, x in zip(parameters, parts, strict=True))
+        raise RewriteError(f"{listed} do not lie in a row along dimension {dim}")
+    if any(x.shape[dim] % outer for x in parts):
+        raise RewriteError(f"parts of sizes {[x.shape[dim] for x in parts]} cannot alternate {outer} times")
+    cut = Cut(name, dim, outer, tuple(x.shape[dim] // outer for x in parts))
+    whole = Parts(tuple(parts), dim, outer).decode()
+    params: dict[str, Any] = {}
+    for path, x in program.params.items():
+        if path == parameters[0]:
+            params[name] = whole
+        elif path not in parameters:
+            params[path] = x
+    graphs = {key: fuse_captured(captured, tuple(parameters), cut) for key, captured in program.graphs.items()}
+    return program.replace(params=params, graphs=graphs, frozen=program.frozen - set(parameters))
+
+
+def fuse_captured(captured: Captured, parameters: Sequence[str], cut: Cut) -> Captured:
+    """One graph, with some parameters put together."""
+    places = {tag.path: i for i, tag in enumerate(captured.inputs) if tag.kind == "parameter"}
+    if not any(path in places for path in parameters):
+        return captured
+    missing = [path for path in parameters if path not in places]
+    if missing:
+        raise RewriteError(
+            f"the graph '{captured.entry.name}' does not read {', '.join(missing)}; fuse what all graphs read together"
+        )
+    inputs = [captured.graph.inputs[places[path]] for path in parameters]
+    first = inputs[0]
+    size = sum(cut.sizes) * cut.outer
+    axis = len(first.shape) + cut.dim
+    aval = _jax.with_shape(first.aval, (*first.shape[:axis], size, *first.shape[axis + 1 :]))
+    evaluator = _Fusing(tuple(parameters))
+    order = [tag for tag in captured.inputs if tag.path not in parameters[1:] or tag.kind != "parameter"]
+    tags = [Input("parameter", cut.path) if tag == Input("parameter", parameters[0]) else tag for tag in order]
+    avals = [
+        aval if tag.path == cut.path and tag.kind == "parameter" else captured.graph.inputs[captured.inputs.index(old)].aval
+        for tag, old in zip(tags, order, strict=True)
+    ]
+
+    def function(*arrays: Any) -> list[Any]:
+        by_tag = dict(zip(tags, arrays, strict=True))
+        fused = by_tag[Input("parameter", cut.path)]
+        values: list[Any] = []
+        for tag in captured.inputs:
+            if tag.kind == "parameter" and tag.path in parameters:
+                values.append(Part(fused, cut.dim, cut.outer, cut.sizes, tuple(parameters).index(tag.path)))
+            else:
+                values.append(by_tag[tag])
+        return [x.decode() if isinstance(x, Encoded) else x for x in evaluator.run(captured.graph, values)]
+
+    with jax.sharding.use_abstract_mesh(captured.signature.mesh or jax.sharding.get_abstract_mesh()):
+        graph = ir.trace(function, *avals)
+    return dataclasses.replace(captured, graph=graph, inputs=tuple(tags))
+
+
+# -- Where to cut -----------------------------------------------------------------------------------------------------
+
+
+def _cuts(program: Program, parameter: str) -> list[Cut]:
+    """How a parameter, and those that go the same way, are taken apart."""
+    for captured in program.graphs.values():
+        view = View(captured)
+        start = next((x for x in view.normal.inputs if x.input == Input("parameter", parameter)), None)
+        found = None if start is None else _first_cut(view, start)
+        if found is None:
+            continue
+        atom, sizes = found
+        cuts: list[Cut] = []
+        for x in view.normal.inputs:
+            if x.input is None or x.input.kind != "parameter":
+                continue
+            for dim in range(len(x.shape)):
+                factors = view.factors(x, dim)
+                if atom in factors:
+                    place = factors.index(atom)
+                    inner = size_of(factors[place + 1 :])
+                    outer = size_of(factors[:place])
+                    cuts.append(Cut(x.input.path, dim - len(x.shape), outer, tuple(n * inner for n in sizes)))
+        return cuts
+    raise RewriteError(
+        f"no product with '{parameter}' is split or sliced into parts: there is nothing to sink into it"
+    )
+
+
+def _first_cut(view: View, start: Val) -> tuple[Atom, tuple[int, ...]] | None:
+    """The first place at which a product with a parameter is taken apart: the axis, and the sizes of the parts."""
+    own = {atom for dim in range(len(start.shape)) for atom in view.factors(start, dim)}
+    waiting, seen = [start], {start}
+    for value in waiting:
+        readers = view.normal.readers(value)
+        if not parameter_only(value):
+            for dim in range(len(value.shape)):
+                factors = view.factors(value, dim)
+                if factors and factors[0] in own and (borders := _borders(readers, value, dim, size_of(factors[1:]))):
+                    edges = [0, *borders, factors[0].size]
+                    return factors[0], tuple(b - a for a, b in zip(edges, edges[1:], strict=False))
+        for node in readers:
+            fresh = [y for y in node.outputs if y not in seen and own & set(_factors(view, y))]
+            seen.update(fresh)
+            waiting.extend(fresh)
+    return None
+
+
+def _factors(view: View, x: Val) -> list[Atom]:
+    return [atom for dim in range(len(x.shape)) for atom in view.factors(x, dim)]
+
+
+def _borders(readers: Sequence[Node], x: Val, dim: int, inner: int) -> list[int]:
+    """Where the readers of a value cut one of its dimensions, in units of its major factor."""
+    found: set[int] = set()
+    for node in readers:
+        if node.name == "split" and node.attributes["axis"] == dim:
+            found.update(np.cumsum(node.attributes["sizes"])[:-1].tolist())
+        elif node.name == "unstack" and node.attributes["axis"] == dim:
+            found.update(range(1, x.shape[dim]))
+        elif node.name == "slice":
+            found.update((node.attributes["start_indices"][dim], node.attributes["limit_indices"][dim]))
+    found -= {0, x.shape[dim]}
+    return sorted(border // inner for border in found) if all(border % inner == 0 for border in found) else []
+
+
+# -- Arrays in parts --------------------------------------------------------------------------------------------------
+
+
+class _Virtual(Encoded):
+    """An array that exists while a graph is traced only."""
+
+    def spec(self, spec: PartitionSpec) -> Encoded:
+        raise EncodingError("parts of a fused parameter do not go through shard_map; sink or fuse without it")
+
+    def manual(self, spec: PartitionSpec) -> Encoded:
+        raise EncodingError("parts of a fused parameter do not go through shard_map; sink or fuse without it")
+
+    def stacked(self, length: int) -> Encoded:
+        return self
+
+    @property
+    def dtype(self) -> Any:
+        return jax.tree.leaves(self)[0].dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Parts(_Virtual):
+    """Arrays in a row along a dimension, several times over if `outer` is more than one."""
+
+    parts: tuple[Any, ...]
+    axis: int = dataclasses.field(metadata={"static": True})
+    outer: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.parts[0].shape
+        position = len(first) + self.axis
+        return (*first[:position], sum(self.sizes), *first[position + 1 :])
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes of the parts along their dimension."""
+        return tuple(part.shape[self.axis] for part in self.parts)
+
+    def decode(self) -> jax.Array:
+        position = self.ndim + self.axis
+        before, after = self.shape[:position], self.shape[position + 1 :]
+        spread = [part.reshape(*before, self.outer, -1, *after) for part in self.parts]
+        return jnp.concatenate(spread, position + 1).reshape(self.shape)
+
+    def each(self, function: Any) -> "Parts":
+        """The same function of every part."""
+        return Parts(tuple(map(function, self.parts)), self.axis, self.outer)
+
+    def astype(self, dtype: Any) -> "Parts":
+        return self.each(lambda part: jax.lax.convert_element_type(part, dtype))
+
+    def transpose(self, permutation: Sequence[int]) -> "Parts":
+        axis = list(permutation).index(self.ndim + self.axis) - self.ndim
+        return Parts(tuple(part.transpose(permutation) for part in self.parts), axis, self.outer)
+
+    def squeeze(self, dimensions: Sequence[int]) -> "Parts | None":
+        gone = {d % self.ndim for d in dimensions}
+        position = self.ndim + self.axis
+        if position in gone:
+            return None
+        left = [d for d in range(self.ndim) if d not in gone]
+        return Parts(tuple(p.squeeze(tuple(gone)) for p in self.parts), left.index(position) - len(left), self.outer)
+
+    def slice(self, slices: Slices) -> Any:
+        position = self.ndim + self.axis
+        start, stop, stride = slices[position]
+        rest = [slice(*each) for each in slices]
+        edges = np.cumsum([0, *self.sizes]).tolist()
+        if self.outer != 1 or stride != 1 or start not in edges or stop not in edges:
+            return None
+        rest[position] = slice(None)
+        chosen = [part[tuple(rest)] for part in self.parts[edges.index(start) : edges.index(stop)]]
+        return chosen[0] if len(chosen) == 1 else Parts(tuple(chosen), self.axis, self.outer)
+
+    def reshape(self, shape: Sequence[int]) -> "Parts | None":
+        position = self.ndim + self.axis
+        for before, after in reshape_groups(self.shape, shape):
+            if position not in before:
+                continue
+            wide = [d for d in before if self.shape[d] != 1]
+            targets = [d for d in after if shape[d] != 1]
+            if wide != [position]:
+                return None
+            outer = self.outer
+            if len(targets) > 1 and outer == shape[targets[0]]:
+                targets, outer = targets[1:], 1
+            inner = math.prod(shape[d] for d in targets[1:])
+            if any(size // self.outer * outer % (outer * inner) for size in self.sizes):
+                return None
+            axis = targets[0]
+            parts = []
+            for part, size in zip(self.parts, self.sizes, strict=True):
+                new = list(shape)
+                new[axis] = size // (self.outer // outer) // inner
+                parts.append(part.reshape(new))
+            return Parts(tuple(parts), axis - len(shape), outer)
+        return None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Part(_Virtual):
+    """One part of a fused array."""
+
+    fused: Any
+    axis: int = dataclasses.field(metadata={"static": True})
+    outer: int = dataclasses.field(metadata={"static": True})
+    sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    index: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        position = self.fused.ndim + self.axis
+        whole = self.fused.shape
+        return (*whole[:position], self.outer * self.sizes[self.index], *whole[position + 1 :])
+
+    def of(self, array: jax.Array, axis: int) -> jax.Array:
+        """This part of an array whose dimension `axis` is fused in the same way."""
+        position = axis % array.ndim
+        before, after = array.shape[:position], array.shape[position + 1 :]
+        start = sum(self.sizes[: self.index])
+        if self.outer == 1:
+            return jax.lax.slice_in_dim(array, start, start + self.sizes[self.index], axis=position)
+        spread = array.reshape(*before, self.outer, sum(self.sizes), *after)
+        part = jax.lax.slice_in_dim(spread, start, start + self.sizes[self.index], axis=position + 1)
+        return part.reshape(*before, -1, *after)
+
+    def decode(self) -> jax.Array:
+        return self.of(self.fused, self.axis)
+
+
+def _apart(like: Parts, x: Any) -> list[Any]:
+    """An operand for each part: its own part, or all of what is the same for all."""
+    if isinstance(x, Parts):
+        if (x.axis, x.outer, x.sizes) != (like.axis, like.outer, like.sizes):
+            raise EncodingError("two fused values that are cut in different places meet")
+        return list(x.parts)
+    if np.ndim(x) == 0 or x.shape[like.axis] == 1:
+        return [x] * len(like.parts)
+    sizes = tuple(size // like.outer for size in like.sizes)
+    return Cut("", like.axis, like.outer, sizes).apart(jnp.asarray(x))
+
+
+def _each(call: lowering.Call) -> list[Any]:
+    """An elementwise operation, part by part."""
+    like = call.encoded
+    operands = [_apart(like, x) for x in call.operands]
+    results = [call.again(call.op, each)[0] for each in zip(*operands, strict=True)]
+    return [Parts(tuple(results), like.axis, like.outer)]
+
+
+for _name in _ELEMENTWISE:
+    lowering.rule(_name, Parts)(_each)
+
+
+@lowering.rule("dot_general", Parts)
+def _product(call: lowering.Call) -> list[Any] | None:
+    """A product with parts, unless the parts lie along what it contracts."""
+    like, side = call.encoded, call.index
+    if any(isinstance(x, Parts) for i, x in enumerate(call.operands) if i != side):
+        return None
+    axis = _result_axis(call.op, side, like.ndim + like.axis)
+    if axis is None:
+        return None
+    results = []
+    for part in like.parts:
+        operands = list(call.operands)
+        operands[side] = part
+        results.append(call.again(call.op, operands)[0])
+    return [Parts(tuple(results), axis - len(call.op.outputs[0].shape), like.outer)]
+
+
+def _result_axis(op: ir.Op, side: int, position: int) -> int | None:
+    """Where a free dimension of an operand is in a product's result."""
+    (contract, batch) = op.attributes["dimension_numbers"]
+    if position in contract[side] or position in batch[side]:
+        return None
+    free = [d for d in range(len(op.inputs[side].shape)) if d not in contract[side] and d not in batch[side]]
+    first = len(batch[0])
+    if side == 1:
+        first += len(op.inputs[0].shape) - len(contract[0]) - len(batch[0])
+    return first + free.index(position)
+
+
+class _Fusing(lowering.Evaluator):
+    """Evaluates products of one value with all parts of a fused parameter as one product."""
+
+    def __init__(self, parameters: tuple[str, ...]):
+        super().__init__()
+        self.parameters = parameters
+        self.products: dict[Any, tuple[Any, Any]] = {}
+
+    def _apply(self, op: ir.Op, operands: list[Any]) -> list[Any]:
+        sides = [i for i, x in enumerate(operands) if isinstance(x, Part)]
+        if not sides:
+            return super()._apply(op, operands)
+        (side, *_) = sides
+        part = operands[side]
+        if op.name == "transpose":
+            axis = list(op.attributes["permutation"]).index(part.ndim + part.axis) - part.ndim
+            return [dataclasses.replace(part, fused=self._once(op, part.fused), axis=axis)]
+        if op.name == "convert_element_type":
+            return [dataclasses.replace(part, fused=self._once(op, part.fused))]
+        axis = _result_axis(op, side, part.ndim + part.axis) if op.name == "dot_general" and len(sides) == 1 else None
+        if axis is None:
+            return super()._apply(op, [x.decode() if isinstance(x, Part) else x for x in operands])
+        other = operands[1 - side]
+        key = (op.name, str(op.attributes), side, id(other), id(part.fused))
+        if key not in self.products:
+            given = [part.fused if i == side else x for i, x in enumerate(operands)]
+            self.products[key] = (_jax.bind(op.equation, given)[0], (other, part.fused))
+        return [part.of(self.products[key][0], axis)]
+
+    def _once(self, op: ir.Op, fused: Any) -> Any:
+        """A rearrangement of the whole, made once for all parts."""
+        key = (op.name, str(op.attributes), id(fused))
+        if key not in self.products:
+            self.products[key] = (_jax.bind(op.equation, [fused])[0], fused)
+        return self.products[key][0]
