@@ -17,7 +17,7 @@ from compax.capture import Captured
 from compax.composites.attention import find_attentions
 from compax.composites.base import Attention, Composite, Experts, FeedForward, Mask
 from compax.composites.experts import find_experts
-from compax.composites.networks import find_feed_forwards
+from compax.composites.feed_forward import find_feed_forwards
 from compax.composites.normalization import find_normalizations
 from compax.composites.streams import Residual, find_streams
 from compax.composites.view import View, common_prefix

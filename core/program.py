@@ -28,6 +28,7 @@ from compax.errors import CaptureError, DeclarationError, SignatureError, Verifi
 from compax.sources import Arrays
 
 if TYPE_CHECKING:
+    from compax.drawing import Drawing
     from compax.meaning import Declaration, Meaning
     from compax.transform import PassRecord
 
@@ -274,6 +275,12 @@ class Program:
     def axes(self, entry: str | None = None) -> tuple[Axis, ...]:
         """The axes that the parameters and arguments of an entry have, with their names."""
         return self.meaning(entry).axes
+
+    def draw(self, entry: str | None = None) -> "Drawing":
+        """An entry as a picture: composites on their residual streams. Shows itself in a notebook; `save` writes it."""
+        from compax.drawing import draw
+
+        return draw(self, entry)
 
     def declare(
         self, *, at: str | None = None, axis: str | None = None, kind: str | None = None, mask: str | None = None

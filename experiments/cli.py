@@ -153,6 +153,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     inspect.add_argument(
         "--composites", action="store_true", help="its attentions, norms, feed-forwards and experts, and what is open"
     )
+    inspect.add_argument("--draw", metavar="FILE", help="write a picture of it: FILE.svg, or a page FILE.html")
     inspect.add_argument("--axes", action="store_true", help="its axes: which dimensions belong together")
 
     passes = command("passes", _passes, "list the registered passes, or explain one")
@@ -252,7 +253,7 @@ def _generate(args: argparse.Namespace, console: Console) -> int:
 def _inspect(args: argparse.Namespace, console: Console) -> int:
     from compax.experiments import inspection
 
-    views = inspection.Views(axes=args.axes, composites=args.composites)
+    views = inspection.Views(axes=args.axes, composites=args.composites, draw=args.draw)
     if args.model:
         _only_model(args)
         inspection.inspect_model(args.model, args.pipeline, console, views, abstract=args.abstract)

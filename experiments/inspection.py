@@ -27,10 +27,19 @@ class Views:
     Attributes:
         axes: Its axes.
         composites: Its attentions, norms, feed-forwards and experts, with all that is known of them.
+        draw: The file to draw it to.
+
+    Raises:
+        ConfigError: The file is neither `.svg` nor `.html`.
     """
 
     axes: bool = False
     composites: bool = False
+    draw: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.draw is not None and not self.draw.endswith((".svg", ".html")):
+            raise ConfigError(f"--draw={self.draw}: a drawing is a file that ends in .svg or .html")
 
 
 def inspect_config(config: Config, pipeline: str, console: Console, views: Views, *, abstract: bool) -> None:
@@ -92,4 +101,7 @@ def inspect_model(model: str, pipeline: str, console: Console, views: Views, *, 
 def show(program: compax.Program, console: Console, views: Views) -> None:
     """Prints a program and its coverage, both predicted from its graph, or the views that were asked for."""
     texts = [axes_text(program)] * views.axes + [composites_text(program)] * views.composites
+    if views.draw is not None:
+        program.draw().save(views.draw)
+        texts.append(f"drawn to {views.draw}")
     console.say("\n\n".join(texts or [str(program), str(coverage(program))]))

@@ -136,7 +136,7 @@ class Normal:
             self.inputs.append(Val(value.shape, value.dtype, depends, input=tag))
         self.outputs = builder.enter(captured.graph, self.inputs, (), (), Depends.NOTHING)
         self.frames = builder.frames
-        self.nodes = _alive(builder.nodes, self.outputs)
+        self.nodes = _alive(builder.nodes, [*self.outputs, *builder.conditions])
         self.users: dict[Val, list[Node]] = {}
         for number, node in enumerate(self.nodes):
             node.number = number
@@ -181,6 +181,7 @@ class _Builder:
         self.frames: dict[Path, Frame] = {}
         self.static: dict[Any, Node] = {}
         self.constants: dict[Any, Val] = {}
+        self.conditions: list[Val] = []
 
     def enter(
         self, graph: Graph, inputs: Sequence[Val], prefix: Path, loops: tuple[int, ...], turn: Depends
@@ -292,7 +293,8 @@ class _Builder:
         first, second = op.attributes["cond_nconsts"], op.attributes["body_nconsts"]
         initial, inner = operands[first + second :], (*loops, 0)
         carries = self.carries(op, initial, op.bodies[1], second, first + second, place)
-        self.enter(op.bodies[0], [*operands[:first], *carries], _inside(path, 0), inner, Depends.TURN)
+        given = [*operands[:first], *carries]
+        self.conditions += self.enter(op.bodies[0], given, _inside(path, 0), inner, Depends.TURN)
         given = [*operands[first : first + second], *carries]
         outputs = self.enter(op.bodies[1], given, _inside(path, 1), inner, Depends.TURN)
         return self.carried(initial, carries, outputs, place)

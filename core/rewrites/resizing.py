@@ -63,7 +63,7 @@ class Resizer:
         self.narrowing = narrowing
         self.depth = depth
         self.graphs: dict[Any, tuple[Graph, Graph]] = {}
-        self.functions: dict[Any, tuple[Graph, Op]] = {}
+        self.functions: dict[Any, tuple[Any, ...]] = {}
 
     def run(self, given: Sequence[Dims] | None = None, wanted: Sequence[Dims] | None = None) -> Graph:
         """The whole graph.
@@ -139,7 +139,7 @@ class Frame:
         held = [self._leave(x, dims) for x, dims in zip(graph.outputs, wanted, strict=True)]
         outputs = [x.operand for x in held]
         self.log.append(("out", *map(self._mark, outputs), *(x.dropped for x in held)))
-        self.log.append(("in", *map(signature, given), *(v.shape for v in values)))
+        self.log.append(("in", *(v.shape for v in values)))
         return self._finish(values, [x for x in outputs if x is not None]), held
 
     def _leave(self, x: Operand, wanted: Dims | None) -> Held:

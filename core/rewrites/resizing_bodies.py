@@ -187,7 +187,8 @@ def _with_rule(frame: Frame, op: Op, body: Graph, given: Sequence[Dims], wanted:
         values, rest = outputs[: len(zeros)], iter(outputs[len(zeros) :])
         return values, [_zero_tangent(x) if zero else next(rest) for x, zero in zip(values, zeros, strict=True)]
 
-    function.__name__ = _jax.function_name(equation.params["call_jaxpr"])
+    name = _jax.function_name(equation.params["call_jaxpr"])
+    function.__name__ = name  # pyright: ignore[reportAttributeAccessIssue]
     # A rule may call the function that it belongs to, so those inside of rules wait until they are asked for.
     if not frame.resizer.depth:
         derivative()

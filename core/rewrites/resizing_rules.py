@@ -224,18 +224,11 @@ def _compare(frame: Frame, op: Op, operands: Sequence[Held], wanted: Sequence[Di
         for i, x in enumerate(op.inputs):
             other, val = frame.val(op.inputs[1 - i]), frame.val(x)
             number = x.value if isinstance(x, Literal) else None if val is None else val.constant
-            if other in frame.narrowing.engine.indices and np.ndim(number) == 0 and number == member[1]:
+            pointing = other in frame.narrowing.engine.indices
+            if pointing and number is not None and np.ndim(number) == 0 and number == member[1]:
                 place = int(np.flatnonzero(kept == member[1])[0])
                 inputs[i] = Literal(np.asarray(place, jnp.dtype(x.dtype)), x.aval)
     return frame.emit(op, inputs, wanted)
-
-
-def _tile(frame: Frame, op: Op, operands: Sequence[Held], wanted: Sequence[Dims]) -> list[Held]:
-    return frame.emit(op, _inputs(frame, op, operands), wanted)
-
-
-def _barrier(frame: Frame, op: Op, operands: Sequence[Held], wanted: Sequence[Dims]) -> list[Held]:
-    return frame.emit(op, _inputs(frame, op, operands), [x.dims for x in operands])
 
 
 RULES: dict[str, Rule] = {

@@ -7,60 +7,22 @@ dimension, also inside of heads.
 """
 
 import dataclasses
-import math
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from compax import _jax, ir, lowering
 from compax.analysis.atoms import Atom, size_of
 from compax.analysis.normal import Node, Val
-from compax.analysis.provenance import reshape_groups
 from compax.capture import Captured, Input
 from compax.composites.view import View, parameter_only
-from compax.encoding import Encoded, Slices
+from compax.encoding import Encoded
 from compax.errors import EncodingError, RewriteError
 from compax.program import Program
-
-_ELEMENTWISE = (
-    "add", "add_any", "sub", "mul", "div", "neg", "exp", "tanh", "logistic", "max", "min", "abs", "sqrt", "rsqrt",
-    "square", "integer_pow", "erf", "log", "log1p", "expm1", "sign", "pow",
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """How one parameter is taken apart.
-
-    Attributes:
-        path: the parameter.
-        dim: its dimension, counted from the end.
-        outer: how many times the parts alternate: 1 if each is whole, the number of heads if the cut is inside of heads.
-        sizes: sizes of the parts each time.
-    """
-
-    path: str
-    dim: int
-    outer: int
-    sizes: tuple[int, ...]
-
-    def paths(self) -> tuple[str, ...]:
-        """Names of the parts."""
-        return tuple(f"{self.path}.{i}" for i in range(len(self.sizes)))
-
-    def apart(self, x: Any) -> list[Any]:
-        """The parts of an array, or of a shape."""
-        axis = len(x.shape) + self.dim
-        before, after = x.shape[:axis], x.shape[axis + 1 :]
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return [jax.ShapeDtypeStruct((*before, self.outer * n, *after), x.dtype) for n in self.sizes]
-        spread = x.reshape(*before, self.outer, sum(self.sizes), *after)
-        parts = jnp.split(spread, np.cumsum(self.sizes)[:-1].tolist(), axis + 1)
-        return [part.reshape(*before, -1, *after) for part in parts]
+from compax.rewrites.parts import Cut, Part, Parts, result_axis
 
 
 def sink(program: Program, parameter: str) -> Program:
@@ -202,7 +164,9 @@ def fuse_captured(captured: Captured, parameters: Sequence[str], cut: Cut) -> Ca
     order = [tag for tag in captured.inputs if tag.path not in parameters[1:] or tag.kind != "parameter"]
     tags = [Input("parameter", cut.path) if tag == Input("parameter", parameters[0]) else tag for tag in order]
     avals = [
-        aval if tag.path == cut.path and tag.kind == "parameter" else captured.graph.inputs[captured.inputs.index(old)].aval
+        aval
+        if tag.path == cut.path and tag.kind == "parameter"
+        else captured.graph.inputs[captured.inputs.index(old)].aval
         for tag, old in zip(tags, order, strict=True)
     ]
 
@@ -246,9 +210,7 @@ def _cuts(program: Program, parameter: str) -> list[Cut]:
                     outer = size_of(factors[:place])
                     cuts.append(Cut(x.input.path, dim - len(x.shape), outer, tuple(n * inner for n in sizes)))
         return cuts
-    raise RewriteError(
-        f"no product with '{parameter}' is split or sliced into parts: there is nothing to sink into it"
-    )
+    raise RewriteError(f"no product with '{parameter}' is split or sliced into parts: there is nothing to sink into it")
 
 
 def _first_cut(view: View, start: Val) -> tuple[Atom, tuple[int, ...]] | None:
@@ -262,7 +224,7 @@ def _first_cut(view: View, start: Val) -> tuple[Atom, tuple[int, ...]] | None:
                 factors = view.factors(value, dim)
                 if factors and factors[0] in own and (borders := _borders(readers, value, dim, size_of(factors[1:]))):
                     edges = [0, *borders, factors[0].size]
-                    return factors[0], tuple(b - a for a, b in zip(edges, edges[1:], strict=False))
+                    return factors[0], tuple(b - a for a, b in itertools.pairwise(edges))
         for node in readers:
             fresh = [y for y in node.outputs if y not in seen and own & set(_factors(view, y))]
             seen.update(fresh)
@@ -288,192 +250,6 @@ def _borders(readers: Sequence[Node], x: Val, dim: int, inner: int) -> list[int]
     return sorted(border // inner for border in found) if all(border % inner == 0 for border in found) else []
 
 
-# -- Arrays in parts --------------------------------------------------------------------------------------------------
-
-
-class _Virtual(Encoded):
-    """An array that exists while a graph is traced only."""
-
-    def spec(self, spec: PartitionSpec) -> Encoded:
-        raise EncodingError("parts of a fused parameter do not go through shard_map; sink or fuse without it")
-
-    def manual(self, spec: PartitionSpec) -> Encoded:
-        raise EncodingError("parts of a fused parameter do not go through shard_map; sink or fuse without it")
-
-    def stacked(self, length: int) -> Encoded:
-        return self
-
-    @property
-    def dtype(self) -> Any:
-        return jax.tree.leaves(self)[0].dtype
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Parts(_Virtual):
-    """Arrays in a row along a dimension, several times over if `outer` is more than one."""
-
-    parts: tuple[Any, ...]
-    axis: int = dataclasses.field(metadata={"static": True})
-    outer: int = dataclasses.field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        first = self.parts[0].shape
-        position = len(first) + self.axis
-        return (*first[:position], sum(self.sizes), *first[position + 1 :])
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Sizes of the parts along their dimension."""
-        return tuple(part.shape[self.axis] for part in self.parts)
-
-    def decode(self) -> jax.Array:
-        position = self.ndim + self.axis
-        before, after = self.shape[:position], self.shape[position + 1 :]
-        spread = [part.reshape(*before, self.outer, -1, *after) for part in self.parts]
-        return jnp.concatenate(spread, position + 1).reshape(self.shape)
-
-    def each(self, function: Any) -> "Parts":
-        """The same function of every part."""
-        return Parts(tuple(map(function, self.parts)), self.axis, self.outer)
-
-    def astype(self, dtype: Any) -> "Parts":
-        return self.each(lambda part: jax.lax.convert_element_type(part, dtype))
-
-    def transpose(self, permutation: Sequence[int]) -> "Parts":
-        axis = list(permutation).index(self.ndim + self.axis) - self.ndim
-        return Parts(tuple(part.transpose(permutation) for part in self.parts), axis, self.outer)
-
-    def squeeze(self, dimensions: Sequence[int]) -> "Parts | None":
-        gone = {d % self.ndim for d in dimensions}
-        position = self.ndim + self.axis
-        if position in gone:
-            return None
-        left = [d for d in range(self.ndim) if d not in gone]
-        return Parts(tuple(p.squeeze(tuple(gone)) for p in self.parts), left.index(position) - len(left), self.outer)
-
-    def slice(self, slices: Slices) -> Any:
-        position = self.ndim + self.axis
-        start, stop, stride = slices[position]
-        rest = [slice(*each) for each in slices]
-        edges = np.cumsum([0, *self.sizes]).tolist()
-        if self.outer != 1 or stride != 1 or start not in edges or stop not in edges:
-            return None
-        rest[position] = slice(None)
-        chosen = [part[tuple(rest)] for part in self.parts[edges.index(start) : edges.index(stop)]]
-        return chosen[0] if len(chosen) == 1 else Parts(tuple(chosen), self.axis, self.outer)
-
-    def reshape(self, shape: Sequence[int]) -> "Parts | None":
-        position = self.ndim + self.axis
-        for before, after in reshape_groups(self.shape, shape):
-            if position not in before:
-                continue
-            wide = [d for d in before if self.shape[d] != 1]
-            targets = [d for d in after if shape[d] != 1]
-            if wide != [position]:
-                return None
-            outer = self.outer
-            if len(targets) > 1 and outer == shape[targets[0]]:
-                targets, outer = targets[1:], 1
-            inner = math.prod(shape[d] for d in targets[1:])
-            if any(size // self.outer * outer % (outer * inner) for size in self.sizes):
-                return None
-            axis = targets[0]
-            parts = []
-            for part, size in zip(self.parts, self.sizes, strict=True):
-                new = list(shape)
-                new[axis] = size // (self.outer // outer) // inner
-                parts.append(part.reshape(new))
-            return Parts(tuple(parts), axis - len(shape), outer)
-        return None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Part(_Virtual):
-    """One part of a fused array."""
-
-    fused: Any
-    axis: int = dataclasses.field(metadata={"static": True})
-    outer: int = dataclasses.field(metadata={"static": True})
-    sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    index: int = dataclasses.field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        position = self.fused.ndim + self.axis
-        whole = self.fused.shape
-        return (*whole[:position], self.outer * self.sizes[self.index], *whole[position + 1 :])
-
-    def of(self, array: jax.Array, axis: int) -> jax.Array:
-        """This part of an array whose dimension `axis` is fused in the same way."""
-        position = axis % array.ndim
-        before, after = array.shape[:position], array.shape[position + 1 :]
-        start = sum(self.sizes[: self.index])
-        if self.outer == 1:
-            return jax.lax.slice_in_dim(array, start, start + self.sizes[self.index], axis=position)
-        spread = array.reshape(*before, self.outer, sum(self.sizes), *after)
-        part = jax.lax.slice_in_dim(spread, start, start + self.sizes[self.index], axis=position + 1)
-        return part.reshape(*before, -1, *after)
-
-    def decode(self) -> jax.Array:
-        return self.of(self.fused, self.axis)
-
-
-def _apart(like: Parts, x: Any) -> list[Any]:
-    """An operand for each part: its own part, or all of what is the same for all."""
-    if isinstance(x, Parts):
-        if (x.axis, x.outer, x.sizes) != (like.axis, like.outer, like.sizes):
-            raise EncodingError("two fused values that are cut in different places meet")
-        return list(x.parts)
-    if np.ndim(x) == 0 or x.shape[like.axis] == 1:
-        return [x] * len(like.parts)
-    sizes = tuple(size // like.outer for size in like.sizes)
-    return Cut("", like.axis, like.outer, sizes).apart(jnp.asarray(x))
-
-
-def _each(call: lowering.Call) -> list[Any]:
-    """An elementwise operation, part by part."""
-    like = call.encoded
-    operands = [_apart(like, x) for x in call.operands]
-    results = [call.again(call.op, each)[0] for each in zip(*operands, strict=True)]
-    return [Parts(tuple(results), like.axis, like.outer)]
-
-
-for _name in _ELEMENTWISE:
-    lowering.rule(_name, Parts)(_each)
-
-
-@lowering.rule("dot_general", Parts)
-def _product(call: lowering.Call) -> list[Any] | None:
-    """A product with parts, unless the parts lie along what it contracts."""
-    like, side = call.encoded, call.index
-    if any(isinstance(x, Parts) for i, x in enumerate(call.operands) if i != side):
-        return None
-    axis = _result_axis(call.op, side, like.ndim + like.axis)
-    if axis is None:
-        return None
-    results = []
-    for part in like.parts:
-        operands = list(call.operands)
-        operands[side] = part
-        results.append(call.again(call.op, operands)[0])
-    return [Parts(tuple(results), axis - len(call.op.outputs[0].shape), like.outer)]
-
-
-def _result_axis(op: ir.Op, side: int, position: int) -> int | None:
-    """Where a free dimension of an operand is in a product's result."""
-    (contract, batch) = op.attributes["dimension_numbers"]
-    if position in contract[side] or position in batch[side]:
-        return None
-    free = [d for d in range(len(op.inputs[side].shape)) if d not in contract[side] and d not in batch[side]]
-    first = len(batch[0])
-    if side == 1:
-        first += len(op.inputs[0].shape) - len(contract[0]) - len(batch[0])
-    return first + free.index(position)
-
-
 class _Fusing(lowering.Evaluator):
     """Evaluates products of one value with all parts of a fused parameter as one product."""
 
@@ -493,7 +269,7 @@ class _Fusing(lowering.Evaluator):
             return [dataclasses.replace(part, fused=self._once(op, part.fused), axis=axis)]
         if op.name == "convert_element_type":
             return [dataclasses.replace(part, fused=self._once(op, part.fused))]
-        axis = _result_axis(op, side, part.ndim + part.axis) if op.name == "dot_general" and len(sides) == 1 else None
+        axis = result_axis(op, side, part.ndim + part.axis) if op.name == "dot_general" and len(sides) == 1 else None
         if axis is None:
             return super()._apply(op, [x.decode() if isinstance(x, Part) else x for x in operands])
         other = operands[1 - side]

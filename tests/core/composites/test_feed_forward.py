@@ -12,7 +12,7 @@ from flax import linen, nnx
 import compax
 import zoo
 from compax.composites.base import FeedForward
-from compax.composites.networks import find_feed_forwards
+from compax.composites.feed_forward import find_feed_forwards
 from compax.composites.view import View
 
 B, T, D, F, E = 3, 6, 20, 28, 4

@@ -9,7 +9,7 @@ import pytest
 
 import compax
 from compax.composites.base import FeedForward
-from compax.composites.networks import find_feed_forwards
+from compax.composites.feed_forward import find_feed_forwards
 from compax.composites.view import View
 
 B, T, D, F = 3, 6, 20, 28
