@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compax import _jax
 from compax.analysis.atoms import Atoms
 from compax.analysis.axes import Axis
 from compax.capture import Captured
@@ -139,9 +140,25 @@ def take_indices(x: Any, dims: Mapping[int, np.ndarray], path: str) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         shape = tuple(len(dims[i]) if i in dims else size for i, size in enumerate(x.shape))
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+    if isinstance(x, Encoded):
+        for dim, indices in dims.items():
+            x = _take_encoded(x, dim, indices, path)
+        return x
+    if _in_host_memory(x):
+        result = np.asarray(x)
+        for dim, indices in dims.items():
+            result = np.take(result, indices, dim)
+        return jax.device_put(result, x.sharding)
     for dim, indices in dims.items():
-        x = _take_encoded(x, dim, indices, path) if isinstance(x, Encoded) else jnp.take(x, indices, dim)
+        x = jnp.take(x, indices, dim)
     return x
+
+
+def _in_host_memory(x: Any) -> bool:
+    """Whether NumPy can index an array: nothing has to be compiled for its shape then."""
+    if _jax.is_tracer(x) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return False
+    return len(x.devices()) == 1 and next(iter(x.devices())).platform == "cpu"
 
 
 def _take_encoded(x: Encoded, dim: int, indices: np.ndarray, path: str) -> Encoded:

@@ -227,10 +227,20 @@ class Frame:
         return [Held(whole(value)) for value in op.outputs]
 
     def _copied(self, op: Op, operands: Sequence[Held], sources: Sequence[int]) -> list[Held]:
-        """An operation that hands some of its operands on."""
-        if all(x.operand is not None for x in operands):
+        """An operation that hands some of its operands on: as it was, or only that where other operands do not fit."""
+        if op.name == "optimization_barrier":
+            given = [
+                self.zeros(old, whole(old)) if x.operand is None else x
+                for x, old in zip(operands, op.inputs, strict=True)
+            ]
+            return self.emit(op, [self.there(op, x) for x in given], [x.dims for x in given])
+        if len(operands) == 1 or not any(x.changed for x in operands):
             return self._plain(op, operands)
-        return [operands[i] for i in sources]
+        held, (output,) = operands[sources[0]], op.outputs
+        if held.operand is None or held.operand.dtype == output.dtype:
+            return [held]
+        (value,) = self.trace(lambda x: jax.lax.convert_element_type(x, output.dtype), held.operand)
+        return [Held(held.dims, value)]
 
     def _plain(self, op: Op, operands: Sequence[Held]) -> list[Held]:
         """An operation without bodies of its own."""
