@@ -49,6 +49,7 @@ class Program:
         history: what each pass did, in order.
         name: what the program is called in print.
         declared: what a person said of it, beyond what the analyses find.
+        origin: shapes of the parameters and the state that the model has, where a pass stores others in their place.
     """
 
     params: Arrays
@@ -59,6 +60,7 @@ class Program:
     history: tuple["PassRecord", ...] = ()
     name: str = "program"
     declared: tuple["Declaration", ...] = ()
+    origin: tuple[Arrays, Arrays] | None = None
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def replace(self, **changes: Any) -> "Program":
@@ -66,6 +68,14 @@ class Program:
         if set(changes) - {"params", "state"}:
             changes.setdefault("memo", {})
         return dataclasses.replace(self, **changes)
+
+    def restructured(self, **changes: Any) -> "Program":
+        """A program that stores other parameters or state than the model has: new signatures are captured with those.
+
+        A pass that does so replays its graph half (`Pass.rewrite`) on what is captured.
+        """
+        own = (dict(map(_logical, self.params.items())), dict(map(_logical, self.state.items())))
+        return self.replace(origin=self.origin or own, **changes)
 
     # -- calling ------------------------------------------------------------------------------------------------
 
@@ -175,8 +185,9 @@ class Program:
         return found
 
     def _trace(self, entry: Entry, arguments: Arguments) -> Captured:
-        captured, closed_over = trace_entry(entry, arguments, dict(map(_logical, self.params.items())), self.state)
-        if unknown := closed_over.keys() - self.params.keys():
+        params, state = self.origin or (dict(map(_logical, self.params.items())), self.state)
+        captured, closed_over = trace_entry(entry, arguments, params, state)
+        if unknown := closed_over.keys() - params.keys():
             raise CaptureError(
                 f"with these inputs the function closes over another array than before ({min(unknown)}); pass it among "
                 "the parameters"
@@ -186,6 +197,11 @@ class Program:
     def _replay(self, captured: Captured) -> Captured:
         for record in self.history:
             captured = record.pass_.rewrite(captured, record.decisions)
+        if self.origin is not None and (misfit := self._misfit(captured)):
+            raise SignatureError(
+                f"these inputs need a new graph, and {misfit}: the program was restructured outside of a pass; capture "
+                "the model with all inputs that it has to take first, or restructure it by a pass, which is replayed"
+            )
         return captured
 
     def specialize(self, *args: Any, entry: str | None = None, **kwargs: Any) -> "Program":
@@ -335,21 +351,22 @@ class Program:
     def check(self) -> None:
         """Raises `VerificationError` if a graph needs a parameter that the store lacks or holds in another shape."""
         for captured in self.graphs.values():
-            for value, tag in zip(captured.graph.inputs, captured.inputs, strict=True):
-                store = {"parameter": self.params, "state": self.state}.get(tag.kind)
-                if store is None:
-                    continue
-                if tag.path not in store:
-                    raise VerificationError(
-                        f"the graph '{captured.entry.name}' reads the {tag.kind} '{tag.path}', which the program does "
-                        "not have"
-                    )
-                stored = store[tag.path]
-                if tuple(jnp.shape(stored)) != value.shape or stored.dtype != value.dtype:
-                    raise VerificationError(
-                        f"the {tag.kind} '{tag.path}' is {stored.dtype}{list(jnp.shape(stored))}, but the graph "
-                        f"'{captured.entry.name}' takes {value.dtype}{list(value.shape)}"
-                    )
+            if misfit := self._misfit(captured):
+                raise VerificationError(misfit)
+
+    def _misfit(self, captured: Captured) -> str:
+        """What a graph needs and the store does not hold so, or an empty string."""
+        for value, tag in zip(captured.graph.inputs, captured.inputs, strict=True):
+            store = {"parameter": self.params, "state": self.state}.get(tag.kind)
+            if store is None:
+                continue
+            what, graph = f"the {tag.kind} '{tag.path}'", f"the graph '{captured.entry.name}'"
+            if tag.path not in store:
+                return f"{graph} reads {what}, which the program does not have"
+            x = store[tag.path]
+            if tuple(x.shape) != value.shape or x.dtype != value.dtype:
+                return f"{what} is {x.dtype}{list(x.shape)}, but {graph} takes {value.dtype}{list(value.shape)}"
+        return ""
 
 
 def _logical(item: tuple[str, Any]) -> tuple[str, Any]:
@@ -371,6 +388,7 @@ def _flatten(program: Program) -> tuple[tuple[Arrays, Arrays], Any]:
         program.history,
         program.name,
         program.declared,
+        program.origin,
         program.memo,
     )
     return (program.params, program.state), skeleton
@@ -386,6 +404,7 @@ class _Skeleton:
     history: tuple["PassRecord", ...]
     name: str
     declared: tuple["Declaration", ...]
+    origin: tuple[Arrays, Arrays] | None
     memo: dict[Any, Any]
 
     def __eq__(self, other: object) -> bool:
@@ -396,6 +415,7 @@ class _Skeleton:
             and self.frozen == other.frozen
             and self.history is other.history
             and self.declared == other.declared
+            and self.origin is other.origin
         )
 
     def __hash__(self) -> int:
@@ -413,6 +433,7 @@ def _unflatten(skeleton: _Skeleton, children: tuple[Arrays, Arrays]) -> Program:
         history=skeleton.history,
         name=skeleton.name,
         declared=skeleton.declared,
+        origin=skeleton.origin,
         memo=skeleton.memo,
     )
 

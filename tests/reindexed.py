@@ -36,11 +36,6 @@ def axes_of(program: Program, entry: str | None = None) -> list[Axis]:
     return sorted(axes, key=lambda axis: bool(axis.fixed))
 
 
-def free_axes(program: Program) -> list[Axis]:
-    """Those whose indices may move."""
-    return [axis for axis in axes_of(program) if not axis.fixed]
-
-
 def axis_at(program: Program, path: str, dim: int, factor: int = 0) -> Axis:
     """The axis that is a factor of a dimension of a parameter."""
     narrowing = Narrowing(program.graph())

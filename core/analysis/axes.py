@@ -88,6 +88,9 @@ class Engine:
         for x in self.normal.outputs:
             if x not in self.dims:
                 self.dims[x] = tuple(self.atoms.fresh(size, table=True) for size in x.shape)
+        for x, state in zip(self.normal.outputs, self.normal.updated, strict=True):
+            if state is not None:
+                self._update(x, state)
         for problem in self.atoms.close():
             self.conflicts.append(Conflict("concatenate", "", problem))
         self._close_families()
@@ -95,9 +98,19 @@ class Engine:
             if x.input is not None and x.input.kind == "argument":
                 for factors in self.dims[x]:
                     self.atoms.freeze(factors, "an input")
-        for x in self.normal.outputs:
-            for factors in self.dims[x]:
+        for x, state in zip(self.normal.outputs, self.normal.updated, strict=True):
+            for factors in self.dims[x] if state is None else ():
                 self.atoms.freeze(factors, "an output")
+
+    def _update(self, x: Val, state: Val) -> None:
+        """State after the call has the dimensions of state before it."""
+        try:
+            for after, before in zip(self.dims[x], self.dims[state], strict=True):
+                self.atoms.unify(before, after)
+        except Tangle as tangle:
+            self.conflicts.append(Conflict("state", "", str(tangle)))
+            for factors in (*self.dims[x], *self.dims[state]):
+                self.atoms.freeze(factors, "state that is written in another form")
 
     def _visit(self, node: Node) -> None:
         rule = RULES.get(node.name)

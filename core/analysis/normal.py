@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compax import _jax
-from compax.capture import Captured, Input
+from compax.capture import Captured, Input, Static
 from compax.ir import Graph, Literal, Op, Operand, Path, Value, forwarded
 
 
@@ -122,6 +122,7 @@ class Normal:
         captured: the graph.
         inputs: its inputs in order.
         outputs: its outputs in order.
+        updated: for each output the state that it is the next value of, if it is.
         nodes: the nodes in order of evaluation, dead ones left out.
         frames: for each body, by the steps that lead to it, what its values are.
         users: the nodes that read a value.
@@ -135,6 +136,10 @@ class Normal:
             depends = {"parameter": Depends.PARAMETER, "state": Depends.STATE}.get(tag.kind, Depends.ARGUMENT)
             self.inputs.append(Val(value.shape, value.dtype, depends, input=tag))
         self.outputs = builder.enter(captured.graph, self.inputs, (), (), Depends.NOTHING)
+        states = {x.input.path: x for x in self.inputs if x.input is not None and x.input.kind == "state"}
+        first = sum(not isinstance(leaf, Static) for leaf in captured.output_leaves)
+        updates = {first + i: states.get(path) for i, path in enumerate(captured.updates)}
+        self.updated = [updates.get(i) for i in range(len(self.outputs))]
         self.frames = builder.frames
         self.nodes = _alive(builder.nodes, [*self.outputs, *builder.conditions])
         self.users: dict[Val, list[Node]] = {}

@@ -20,6 +20,12 @@ _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 Step = tuple[Value, int]
 """How a nested body is reached, whatever moves: the first result of the operation that holds it, and which body."""
 
+_End = tuple[tuple[Step, ...], Value]
+"""A value, and the calls within a body that lead to it."""
+
+_Ends = tuple["Region", tuple[_End, ...]]
+"""A region with its output, its inputs and the others."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Region:
@@ -54,10 +60,10 @@ def outline(captured: Captured, normal: Normal, regions: Sequence[Region]) -> Ca
             or something that it computes from its inputs is used outside of it.
     """
     places = _Places(normal)
-    by_frame: dict[tuple[Step, ...], list[tuple[Region, Value, tuple[Value, ...]]]] = {}
+    by_frame: dict[tuple[Step, ...], list[_Ends]] = {}
     for region in regions:
-        prefix, output, inputs = places.frame(region)
-        by_frame.setdefault(places.steps(captured.graph, prefix), []).append((region, output, inputs))
+        steps, ends = places.frame(captured.graph, region)
+        by_frame.setdefault(steps, []).append((region, ends))
     graph = captured.graph
     memo: dict[Any, Graph] = {}
     # The deepest frames first: what holds them is rebuilt by outer ones.
@@ -76,20 +82,42 @@ class _Places:
             for value, val in frame.items():
                 self.places.setdefault(val, {}).setdefault(prefix, value)
 
-    def frame(self, region: Region) -> tuple[Path, Value, tuple[Value, ...]]:
-        """The innermost body that has the region's ends: its path, and the ends there."""
-        found = self.places.get(region.output, {})
-        for prefix in sorted(found, key=len, reverse=True):
-            inputs = [self.places.get(x, {}).get(prefix) for x in (*region.inputs, *region.others)]
-            if all(x is not None for x in inputs):
-                return prefix, found[prefix], tuple(x for x in inputs if x is not None)
+    def frame(self, graph: Graph, region: Region) -> tuple[tuple[Step, ...], tuple[_End, ...]]:
+        """The innermost body that has the region's ends, themselves or in calls that can be inlined, and these ends."""
+        every = (region.output, *region.inputs, *region.others)
+        outermost = sorted({p[:n] for p in self.places.get(region.output, {}) for n in range(len(p) + 1)}, key=len)
+        for inlining in (False, True):
+            for prefix in reversed(outermost):
+                ends = [self._end(graph, prefix, x, inlining=inlining) for x in every]
+                if all(end is not None for end in ends):
+                    return self.steps(graph, prefix), tuple(end for end in ends if end is not None)
         raise RewriteError(
             f"the operation '{region.name}' cannot be put in place: {region.output} and what it is computed from are "
             "in different bodies, and one of these is a loop or a derivative rule; inline it in the model"
         )
 
+    def _end(self, graph: Graph, prefix: Path, x: Val, *, inlining: bool) -> _End | None:
+        """Where a body has a value, itself or in a call."""
+        found = self.places.get(x, {})
+        if prefix in found:
+            return (), found[prefix]
+        for path in sorted(found, key=len) if inlining else ():
+            if path[: len(prefix)] != prefix:
+                continue
+            if all(self._operation(graph, path[: n + 1]).name in _INLINED for n in range(len(prefix), len(path))):
+                return self.steps(graph, path)[len(prefix) :], found[path]
+        return None
+
+    @staticmethod
+    def _operation(graph: Graph, path: Path) -> Op:
+        """The operation that holds the body at a path."""
+        for position, index in path[:-1]:
+            graph = graph.ops[position].bodies[index]
+        return graph.ops[path[-1][0]]
+
     @staticmethod
     def steps(graph: Graph, prefix: Path) -> tuple[Step, ...]:
+        """How the body at a path is reached."""
         steps: list[Step] = []
         for position, index in prefix:
             op = graph.ops[position]
@@ -98,16 +126,15 @@ class _Places:
         return tuple(steps)
 
 
-_Ends = tuple[Region, Value, tuple[Value, ...]]
-
-
 def _replaced(graph: Graph, steps: Sequence[Step], ends: Sequence[_Ends], memo: dict[Any, Graph]) -> Graph:
     """A graph with regions replaced in the body that steps lead to."""
     if not steps:
-        key = (id(graph), tuple((output, inputs, region.name) for region, output, inputs in ends))
+        key = (id(graph), tuple((places, region.name) for region, places in ends))
         if key not in memo:
-            result = graph
-            for region, output, inputs in ends:
+            result, found = _inlined(graph, [end for _, places in ends for end in places])
+            given = iter(found)
+            for region, places in ends:
+                output, *inputs = (next(given) for _ in places)
                 result = _outlined(result, region, output, inputs)
             memo[key] = dataclasses.replace(result, imported=False)
             memo[id(graph), "kept"] = graph
@@ -121,18 +148,43 @@ def _replaced(graph: Graph, steps: Sequence[Step], ends: Sequence[_Ends], memo: 
     return dataclasses.replace(graph, ops=tuple(ops), imported=False)
 
 
+def _inlined(graph: Graph, ends: Sequence[_End]) -> tuple[Graph, list[Value]]:
+    """A graph with the calls inlined that ends are in, and the ends in it."""
+    ends = list(ends)
+    while steps := next((steps for steps, _ in ends if steps), None):
+        (first, _), *_ = steps
+        call = next(op for op in graph.ops if op.outputs and op.outputs[0] is first)
+        graph, env = _without(graph, call)
+        for i, (path, value) in enumerate(ends):
+            if not path or path[0][0] is not first:
+                continue
+            rest = path[1:]
+            if rest:
+                ends[i] = ((_value(env, rest[0][0]), rest[0][1]), *rest[1:]), value
+            else:
+                ends[i] = (), _value(env, value)
+    return graph, [value for _, value in ends]
+
+
+def _value(env: Mapping[Value, Operand], value: Value) -> Value:
+    x = env[value]
+    assert isinstance(x, Value), "a region starts from a value, not from a literal"
+    return x
+
+
 def _outlined(graph: Graph, region: Region, output: Value, inputs: Sequence[Value]) -> Graph:
     """A graph in which what lies between some of its values is one operation."""
+    kept: set[Op] = set()
     while True:
         chosen, cut = _between(graph, output, inputs)
+        if cut is None:
+            moving = _moving(chosen, inputs[: len(region.inputs)])
+            kept, cut = _kept_outside(graph, chosen, output, moving, region)
         if cut is None:
             break
         graph = inline_call(graph, cut)
     if not chosen:
         raise RewriteError(f"the operation '{region.name}' would compute nothing: its result is one of its inputs")
-    inside = {value for op in chosen for value in op.outputs}
-    moving = _moving(chosen, inputs[: len(region.inputs)])
-    kept = _kept_outside(graph, chosen, output, moving, region)
     chosen = [op for op in chosen if op not in kept]
     inside = {value for op in chosen for value in op.outputs}
     extra: dict[Value, None] = {}
@@ -179,8 +231,13 @@ def _moving(chosen: Sequence[Op], inputs: Sequence[Value]) -> set[Value]:
     return moving
 
 
-def _kept_outside(graph: Graph, chosen: Sequence[Op], output: Value, moving: set[Value], region: Region) -> set[Op]:
-    """Operations that stay where they are: others need them too, and they do not depend on the inputs."""
+def _kept_outside(
+    graph: Graph, chosen: Sequence[Op], output: Value, moving: set[Value], region: Region
+) -> tuple[set[Op], Op | None]:
+    """Operations that stay where they are: others need them too, and they do not depend on the inputs.
+
+    And a call that has to be inlined first, if any: others need some of its results.
+    """
     kept: set[Op] = set()
     gone = set(chosen)
     needed = {x for op in graph.ops if op not in gone for x in op.inputs if isinstance(x, Value)}
@@ -190,13 +247,15 @@ def _kept_outside(graph: Graph, chosen: Sequence[Op], output: Value, moving: set
         if not used:
             continue
         if any(value in moving for value in op.outputs):
+            if op.name in _INLINED and len(used) < len(op.outputs):
+                return set(), op
             raise RewriteError(
                 f"the operation '{region.name}' would hide the result of '{op.name}'{_where(op)}, which is used "
                 "outside of it; leave this site out"
             )
         kept.add(op)
         needed.update(x for x in op.inputs if isinstance(x, Value))
-    return kept
+    return kept, None
 
 
 def _body(ops: Sequence[Op], operands: Sequence[Value], output: Value) -> Graph:
@@ -228,6 +287,11 @@ def inline_call(graph: Graph, call: Op) -> Graph:
     """
     if call.name not in _INLINED:
         raise RewriteError(f"'{call.name}'{_where(call)} is no plain call and cannot be inlined")
+    return _without(graph, call)[0]
+
+
+def _without(graph: Graph, call: Op) -> tuple[Graph, dict[Value, Operand]]:
+    """A graph with a call inlined, and what the values of the call's body are in it."""
     body = call.bodies[0]
     env: dict[Value, Operand] = dict(zip(body.inputs, call.inputs, strict=True))
     handed: dict[Value, Operand] = {}
@@ -247,13 +311,14 @@ def inline_call(graph: Graph, call: Op) -> Graph:
             ops.append(dataclasses.replace(op, inputs=tuple(_handed(x, handed) for x in op.inputs)))
         else:
             ops.append(op)
-    return dataclasses.replace(
+    inlined = dataclasses.replace(
         graph,
         ops=tuple(ops),
         outputs=tuple(_handed(x, handed) for x in graph.outputs),
         constants=(*graph.constants, *((captured[value], array) for value, array in body.constants)),
         imported=False,
     )
+    return inlined, env
 
 
 def _handed(x: Operand, handed: Mapping[Value, Operand]) -> Operand:

@@ -55,7 +55,7 @@ def reindex_by(program: Program, decisions: Decisions) -> Program:
     for (kind, path), dims in chosen.items():
         stores[kind][path] = take_indices(stores[kind][path], dims, path)
     graphs = {key: reindex_captured(captured, decisions) for key, captured in program.graphs.items()}
-    return program.replace(params=stores["parameter"], state=stores["state"], graphs=graphs)
+    return program.restructured(params=stores["parameter"], state=stores["state"], graphs=graphs)
 
 
 def decide(

@@ -74,7 +74,10 @@ class Resizer:
         """
         normal = self.narrowing.normal
         kept = [self.narrowing.dims(x) for x in normal.inputs]
-        outputs = wanted or [self.narrowing.dims(x) for x in normal.outputs]
+        outputs = wanted or [
+            self.narrowing.dims(x if state is None else state)
+            for x, state in zip(normal.outputs, normal.updated, strict=True)
+        ]
         frame = Frame(self, self.narrowing.captured.graph, (), None)
         return frame.run(given or kept, outputs, kept)[0]
 

@@ -210,6 +210,8 @@ def _rule(frame: Frame, op: Op, given: Sequence[Dims], wanted: Sequence[Dims]) -
         frame.narrowing.captured,
         graph=graph,
         inputs=tuple(Input("operand", str(i)) for i in range(len(graph.inputs))),
+        output_leaves=(),
+        updates=(),
     )
     narrowing, place = Narrowing(captured), f"an operand of the derivative rule of {frame.place(op)}"
     entering = [*given, *given]

@@ -55,7 +55,7 @@ def sink(program: Program, parameter: str) -> Program:
     frozen = frozenset(
         name for path in program.frozen for name in (by_path[path].paths() if path in by_path else (path,))
     )
-    return program.replace(params=params, graphs=graphs, frozen=frozen)
+    return program.restructured(params=params, graphs=graphs, frozen=frozen)
 
 
 def sink_captured(captured: Captured, cuts: Sequence[Cut]) -> Captured:
@@ -142,7 +142,7 @@ def fuse(program: Program, parameters: Sequence[str], name: str, dim: int = -1, 
         elif path not in parameters:
             params[path] = x
     graphs = {key: fuse_captured(captured, tuple(parameters), cut) for key, captured in program.graphs.items()}
-    return program.replace(params=params, graphs=graphs, frozen=program.frozen - set(parameters))
+    return program.restructured(params=params, graphs=graphs, frozen=program.frozen - set(parameters))
 
 
 def fuse_captured(captured: Captured, parameters: Sequence[str], cut: Cut) -> Captured:
