@@ -52,7 +52,9 @@ def test_permuting_every_free_axis_changes_nothing(name: str, variant: zoo.Varia
     case = zoo.build(name, dtype=variant.dtype, mode=variant.mode, padding=variant.padding, decode=variant.decode)
     program = case.capture()
     axes = free(program)
-    assert axes
+    if not axes:  # batch statistics are returned, and so fix every channel
+        assert (name, variant.mode) == ("flax_resnet", "train")
+        return
     random = np.random.default_rng(0)
     permuted = reindex(program, {axis: random.permutation(axis.size).tolist() for axis in axes})
     compax.verify(permuted)
