@@ -149,6 +149,9 @@ class Atoms:
         elif segments:
             x.segments = segments
             self.sums.append(x)
+        for reason in x.reasons:
+            for part in (x.factors, *x.segments):
+                self.freeze(part, reason)
 
     def _align(self, atom: Atom, segments: Sequence[Factors]) -> None:
         """An atom that is a sum is another sum too: cut both where either is cut."""
