@@ -281,6 +281,7 @@ ENTRIES = (
         mode="dropout of attention has no key there, and there is no other",
     ),
     # The query is multiplied by the square root that the shared function divides by. A local layer sees `window` keys.
+    # The last norm stands in the source, and in the trace, twice; nothing reads the first, and it is counted once.
     zoo_case.entry(
         flax_gpt_neo,
         Expected(

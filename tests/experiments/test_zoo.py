@@ -9,6 +9,7 @@ import pytest
 
 import compax
 import zoo as basic
+from compax import ir
 from compax.experiments.benchmarks import zoo
 from compax.experiments.benchmarks.zoo import Case, Variant, VariantError
 
@@ -96,6 +97,30 @@ def test_a_step_reads_what_is_in_the_cache_and_nothing_behind(name: str) -> None
     output = case.reference()
     np.testing.assert_array_equal(with_cache_changed_at(case, filled + 1).reference(), output)
     assert float(jnp.abs(with_cache_changed_at(case, filled - 1).reference() - output).max()) > 1e-3
+
+
+# Roots of sums of squares that are no norm: an embedding's length, and a norm whose result nothing reads.
+OTHER_ROOTS = {"flax_clip": 2, "flax_gpt_neo": 1}
+
+
+@basic.foreign_warnings
+@pytest.mark.parametrize(
+    "name", [name for name in zoo.ENTRIES if name not in ("flax_resnet", "compax_decoder_scanned")]
+)
+def test_what_was_counted_by_hand_agrees_with_what_is_traced(name: str) -> None:
+    known = zoo.expected(name)
+    ops = [op for _, op in ir.walk(build(name).capture().graph().graph)]
+    softmaxes = sum(op.name == "reduce_max" for op in ops)
+    roots = sum(op.name in ("sqrt", "rsqrt") and op.outputs[0].shape[-1:] == (1,) for op in ops)
+    assert softmaxes == sum(attention.count for attention in known.attentions) + known.experts
+    assert roots == sum(known.norms.values()) + OTHER_ROOTS.get(name, 0)
+
+
+@basic.foreign_warnings
+@pytest.mark.parametrize("name", [name for name in zoo.ENTRIES if zoo.expected(name).tied is not None])
+def test_a_head_that_is_not_tied_has_a_kernel(name: str) -> None:
+    params = build(name).capture().params
+    assert zoo.expected(name).tied != any(path in ("lm_head.kernel", "lm_head.w", "head.kernel") for path in params)
 
 
 def test_widths_differ() -> None:
