@@ -101,23 +101,6 @@ def _rounded(number: float) -> float:
     return float(jnp.asarray(number, jnp.bfloat16))
 
 
-DECODER_ONLY = {"flax_bart": 7, "flax_whisper": 7}
-"""Models of which a decode step runs the decoder alone, with the number of its norms: three a layer, and one."""
-
-
-def counted(name: str, variant: zoo.Variant) -> zoo.Expected:
-    """The hand count of what a variant runs."""
-    expected = zoo.expected(name)
-    if not variant.decode or name not in DECODER_ONLY:
-        return expected
-    return dataclasses.replace(
-        expected,
-        attentions=tuple(a for a in expected.attentions if a.cross or a.mask == "causal"),
-        norms={"layer": DECODER_ONLY[name]},
-        feed_forwards=tuple(dataclasses.replace(f, count=f.count // 2) for f in expected.feed_forwards),
-    )
-
-
 def _size(factors: Sequence[object]) -> int:
     size = 1
     for atom in factors:
@@ -184,7 +167,7 @@ def row(name: str, variant: zoo.Variant) -> tuple[list[str], tuple[str, ...]]:
     case = zoo.build(name, dtype=variant.dtype, mode=variant.mode, padding=variant.padding, decode=variant.decode)
     program = case.capture()
     meaning, seconds = timed(program.graph())
-    comparison = compare(meaning, counted(name, variant))
+    comparison = compare(meaning, zoo.expected(name, decode=variant.decode))
     masks = collections.Counter(str(a.mask) for a in meaning.of_kind(Attention))
     positions = collections.Counter(
         str(a.rotation) if a.rotation is not None else "alibi" if a.alibi else "" for a in meaning.of_kind(Attention)
