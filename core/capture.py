@@ -7,6 +7,7 @@ constants and static values. Shapes, dtypes, static values, tree structure and t
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
@@ -146,6 +147,10 @@ class Captured:
     updates: tuple[str, ...]
     aux: tuple[tuple[str, Any], ...]
     object_updates: int
+
+    def under_mesh(self) -> AbstractContextManager[Any]:
+        """The mesh in whose context the graph was captured, for evaluating it again."""
+        return jax.sharding.use_abstract_mesh(self.signature.mesh or jax.sharding.get_abstract_mesh())
 
     def input_value(self, kind: str, path: str) -> ir.Value | None:
         """The graph input that stands for a parameter, state or argument."""

@@ -7,19 +7,19 @@ look: text is monospaced, so that what fits is known.
 
 import dataclasses
 import html
-import math
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compax import printing
+from compax.analysis.atoms import size_of
 from compax.composites.base import Attention, Composite, Experts, FeedForward, Normalization
-from compax.composites.streams import Residual
+from compax.composites.streams import Residual, on_the_way
 from compax.meaning_text import axes_text, composites_text
 
 if TYPE_CHECKING:
-    from compax.analysis.normal import Node, Val
+    from compax.analysis.normal import Node
     from compax.meaning import Meaning
     from compax.program import Program
     from compax.raising import Site
@@ -78,7 +78,6 @@ class _Box:
         lines: what else is written in it.
         tooltip: all there is to say.
         key: what equal boxes of other layers have in common.
-        number: its place in the order of evaluation.
         cross: whether it reads another stream.
         share: its share of the program's FLOPs.
         formats: how its parameters are stored.
@@ -89,7 +88,6 @@ class _Box:
     lines: tuple[str, ...]
     tooltip: str
     key: tuple[str, ...]
-    number: int
     cross: bool = False
     share: float = 0.0
     formats: str = ""
@@ -118,10 +116,6 @@ class _Branch:
     @property
     def signature(self) -> tuple[Any, ...]:
         return (self.adds, *(box.key for box in self.boxes))
-
-    @property
-    def height(self) -> int:
-        return sum(box.height + _GAP for box in self.boxes) + (28 if self.adds else 0)
 
 
 def draw(program: "Program", entry: str | None = None) -> Drawing:
@@ -152,12 +146,9 @@ def _boxes(program: "Program", meaning: "Meaning", entry: str | None) -> list[tu
     for composite in meaning.composites:
         taken |= {node.path: composite for node in composite.nodes}
     for attention in meaning.of_kind(Attention):
-        around = [
-            linear.node for x in (attention.query, attention.key, attention.value) for linear in meaning.view.sources(x)
-        ]
-        around += [linear.node for linear in meaning.view.consumers(attention.output)]
-        for node in around:
-            taken.setdefault(node.path, attention)
+        operands = (attention.query, attention.key, attention.value)
+        for linear in meaning.view.projections(operands, attention.output):
+            taken.setdefault(linear.node.path, attention)
     flops: dict[str, int] = {}
     for path, site in sites.items():
         if path in taken:
@@ -169,7 +160,7 @@ def _boxes(program: "Program", meaning: "Meaning", entry: str | None) -> list[tu
             result.append((_composite_box(program, composite, share), composite.output.node))
     for path, site in sites.items():
         if path not in taken and path in nodes:
-            result.append((_site_box(program, site, nodes[path].number, site.flops / total), nodes[path]))
+            result.append((_site_box(program, site, site.flops / total), nodes[path]))
     return sorted(result, key=lambda item: item[1].number)
 
 
@@ -180,16 +171,15 @@ def _composite_box(program: "Program", composite: Composite, share: float) -> _B
         facts.pop("scale")
         lines += [text if name == "positions" else f"{name} {text}" for name, text in facts.items()]
     elif isinstance(composite, FeedForward):
-        lines = [f"{facts['form']}, {facts['activation']}, hidden {math.prod(a.size for a in composite.hidden)}"]
+        lines = [f"{facts['form']}, {facts['activation']}, hidden {size_of(composite.hidden)}"]
     elif isinstance(composite, Experts):
         lines = [f"{facts['experts']} experts, {facts['router']}, {facts['form']}"]
-        lines.append(f"{facts['inside']}, {facts['activation']}, hidden {math.prod(a.size for a in composite.hidden)}")
+        lines.append(f"{facts['inside']}, {facts['activation']}, hidden {size_of(composite.hidden)}")
     else:
         lines = [f"{facts.get('type', '')}, {facts.get('affine', '')}"]
     stored = [program.params[path] for path in composite.parameters if path in program.params]
     formats = sorted({printing.format_text(x).partition("[")[0] for x in stored})
     described = [f"{name}: {text}" for name, text in composite.facts().items()]
-    number = -1 if composite.output.node is None else composite.output.node.number
     kind = composite.kind
     return _Box(
         kind,
@@ -197,18 +187,17 @@ def _composite_box(program: "Program", composite: Composite, share: float) -> _B
         tuple(lines),
         "\n".join([f"{composite.name} ({kind})", *described, *composite.parameters]),
         (kind, _masked(composite.name), *lines),
-        number,
         isinstance(composite, Attention) and composite.cross,
         0.0 if isinstance(composite, Normalization) else share,
         ", ".join(formats),
     )
 
 
-def _site_box(program: "Program", site: "Site", number: int, share: float) -> _Box:
+def _site_box(program: "Program", site: "Site", share: float) -> _Box:
     uses = [f"{_last(use.parameter)} {printing.format_text(program.params[use.parameter])}" for use in site.uses]
     tooltip = "\n".join([f"{site.name} ({site.kind})", *(use.parameter for use in site.uses)])
     title = site.kind if _last(site.name).startswith(site.kind) else f"{_last(site.name)} · {site.kind}"
-    return _Box(site.kind, title, tuple(uses), tooltip, (site.kind, _masked(site.name), *uses), number, share=share)
+    return _Box(site.kind, title, tuple(uses), tooltip, (site.kind, _masked(site.name), *uses), share=share)
 
 
 def _last(name: str) -> str:
@@ -231,12 +220,12 @@ def _layer(names: Iterable[str]) -> tuple[str, int]:
 
 def _lanes(program: "Program", meaning: "Meaning", boxes: Sequence[tuple[_Box, "Node"]]) -> list[list[_Branch]]:
     """A list of branches for each stream; one list where there is no stream."""
-    streams = [stream for stream in meaning.streams if len(stream) > 0]
+    streams = meaning.streams
     names = {composite.output.node: composite.name for composite in meaning.composites}
     owner: dict[Any, tuple[int, int]] = {}
     for lane, stream in enumerate(streams):
         for index, residual in enumerate(stream):
-            for node in _between(residual):
+            for node in on_the_way(residual):
                 owner.setdefault(node, (lane, index))
     lanes: list[list[tuple[int, _Branch]]] = [[] for _ in range(max(1, len(streams)))]
     places = _Places(meaning, streams)
@@ -278,24 +267,6 @@ class _Places:
         through = lambda upstream: upstream not in self.ends  # noqa: E731
         found = self.view.upstream(node.outputs[0], through, limit=1 << 20)
         return max((self.ends[x.node] for x in found if x.node in self.ends), default=0)
-
-
-def _number(x: "Val") -> int:
-    return -1 if x.node is None else x.node.number
-
-
-def _between(residual: Residual) -> set["Node"]:
-    """The nodes on the way of an addition."""
-    first = _number(residual.stream)
-    found: set[Node] = set()
-    waiting = [residual.branch]
-    while waiting:
-        node = waiting.pop().node
-        if node is None or node in found or node.number <= first or node.name == "carry":
-            continue
-        found.add(node)
-        waiting.extend(node.inputs)
-    return found
 
 
 def _collapsed(branches: list[_Branch]) -> list[_Branch]:

@@ -228,18 +228,23 @@ def inline(graph: Graph, inputs: Sequence[Operand], outputs: Sequence[Value]) ->
         if not isinstance(inner, Value) or inner not in produced:
             raise ValueError("a graph that returns an input or a literal cannot be inlined")
         env[inner] = outer
-    ops = []
-    for op in graph.ops:
-        for value in op.outputs:
-            env.setdefault(value, Value(value.aval))
-        ops.append(
-            dataclasses.replace(
-                op,
-                inputs=tuple(env[x] if isinstance(x, Value) else x for x in op.inputs),
-                outputs=tuple(env[value] for value in op.outputs),
-            )
-        )
-    return ops
+    return [copied(op, env) for op in graph.ops]
+
+
+def copied(op: Op, env: dict[Value, Any]) -> Op:
+    """An operation with what `env` says in place of its operands and results; results that it lacks are made and noted.
+
+    Args:
+        op: the operation.
+        env: what stands for each value; results of `op` are added.
+    """
+    for value in op.outputs:
+        env.setdefault(value, Value(value.aval))
+    return dataclasses.replace(
+        op,
+        inputs=tuple(env[x] if isinstance(x, Value) else x for x in op.inputs),
+        outputs=tuple(env[value] for value in op.outputs),
+    )
 
 
 def trace(function: Callable[..., Any], *avals: _jax.AbstractValue) -> Graph:

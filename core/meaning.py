@@ -20,8 +20,9 @@ from compax.composites.experts import find_experts
 from compax.composites.feed_forward import find_feed_forwards
 from compax.composites.normalization import find_normalizations
 from compax.composites.streams import Residual, find_streams
-from compax.composites.view import View, common_prefix
+from compax.composites.view import View
 from compax.errors import DeclarationError
+from compax.raising import common_prefix
 from compax.selectors import Selector
 
 AnyComposite = TypeVar("AnyComposite", bound=Composite)
@@ -88,7 +89,7 @@ class Meaning:
             *(ff for ff in feed_forwards if ff.down not in inside),
             *experts,
         ]
-        found.sort(key=lambda composite: _number(composite.output))
+        found.sort(key=lambda composite: composite.output.number)
         inside |= {node for composite in found for node in composite.nodes}
         self.streams: list[tuple[Residual, ...]] = find_streams(self.view, normalizations, inside)
         self.composites: tuple[Composite, ...] = _declared(_named(self.view, found), declarations)
@@ -155,10 +156,6 @@ class Meaning:
                 f"no rule says how {count} operation{'s' if count > 1 else ''} '{name}' relate dimensions",
                 "their axes stay fixed; program.declare(axis=..., kind='free') where you know better",
             )
-
-
-def _number(x: Val) -> int:
-    return -1 if x.node is None else x.node.number
 
 
 # -- Names of composites ----------------------------------------------------------------------------------------------
@@ -272,11 +269,11 @@ class _Labels:
         for composite in self.meaning.composites:
             if isinstance(composite, FeedForward):
                 self.put(composite.hidden, f"{composite.name}.hidden")
-                model += self._contracted(composite.up, composite.name)
+                model.append((self.view.contracted(self.view.linears[composite.up]), composite.name))
             elif isinstance(composite, Experts):
                 self.put(composite.experts, f"{composite.name}.experts")
                 self.put(composite.hidden, f"{composite.name}.hidden")
-                model += self._contracted(composite.router, composite.name)
+                model.append((self.view.contracted(self.view.linears[composite.router]), composite.name))
             elif isinstance(composite, Attention):
                 grouped = bool(composite.repeats)
                 self.put(composite.groups, f"{composite.name}.{'groups' if grouped else 'heads'}")
@@ -284,20 +281,12 @@ class _Labels:
                 self.put(composite.head_size, f"{composite.name}.head_size")
                 self.put(composite.value_size, f"{composite.name}.value_size")
                 for x in (composite.query, composite.key):
-                    for linear in self.view.sources(x):
-                        model += self._contracted(linear.node, composite.name)
+                    model += [(self.view.contracted(linear), composite.name) for linear in self.view.sources(x)]
         self.shared([(factors, "model", name) for factors, name in model])
         attentions = self.meaning.of_kind(Attention)
         self.shared([(attention.batch, "batch", attention.name) for attention in attentions])
         positions = [(a.queries, "sequence", a.name) for a in attentions]
         self.shared(positions + [(a.keys, "sequence", a.name) for a in attentions])
-
-    def _contracted(self, node: Node, name: str) -> list[tuple[Factors, str]]:
-        linear = self.view.linears.get(node)
-        if linear is None or node.name != "dot_general":
-            return []
-        contract = node.attributes["dimension_numbers"][0][linear.position]
-        return [(tuple(a for dim in contract for a in self.view.factors(linear.weight, dim)), name)]
 
     def _from_tables(self) -> None:
         """Tables whose rows are picked by an argument: vocabularies, learned positions."""

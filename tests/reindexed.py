@@ -29,7 +29,7 @@ def axes_of(program: Program, entry: str | None = None) -> list[Axis]:
             size=atom.size,
             atom=atom,
             parameters={path: tuple(dims) for path, dims in paths.items()},
-            fixed=tuple(narrowing.reasons(atom)),
+            fixed=tuple(atom.reasons),
         )
         for atom, paths in found.items()
     ]

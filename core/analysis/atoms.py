@@ -251,12 +251,12 @@ class Atoms:
 
     # -- sums ---------------------------------------------------------------------------------------------------------
 
-    def join(self, segments: Sequence[Factors], *, anew: bool = False) -> Factors:
+    def join(self, segments: Sequence[Factors]) -> Factors:
         """A dimension that is several in a row."""
         segments = [self.expand(segment) for segment in segments]
         if len(segments) == 1:
             return segments[0]
-        key = None if anew else self._key(segments)
+        key = self._key(segments)
         if key is not None and key in self.known:
             return self.expand((self.known[key],))
         table = all(atom.table for segment in segments for atom in segment) and any(segments)

@@ -21,7 +21,7 @@ import numpy as np
 from compax import _jax
 from compax.analysis.atoms import Atom, Atoms, Factors, Tangle, size_of
 from compax.analysis.axes_rules import RULES, check_sizes
-from compax.analysis.normal import Node, Normal, Val
+from compax.analysis.normal import Node, Normal, Val, rearranged
 
 Member = tuple[Factors, int]
 Dims = tuple[Factors, ...]
@@ -80,14 +80,13 @@ class Engine:
             self.dims[x] = tuple(map(self.atoms.fresh, x.shape))
         for node in self.normal.nodes:
             for x in node.inputs:
-                if x not in self.dims and (x.node is None or node.name != "carry"):
-                    self.dims[x] = tuple(self.atoms.fresh(size, table=True) for size in x.shape)
+                if x.node is None or node.name != "carry":
+                    self._known(x)
             self._visit(node)
         for node in self.normal.nodes_named("carry"):
             self._guarded(node, lambda node=node: self.into(node, 1, list(self.dims[node.outputs[0]])))
         for x in self.normal.outputs:
-            if x not in self.dims:
-                self.dims[x] = tuple(self.atoms.fresh(size, table=True) for size in x.shape)
+            self._known(x)
         for x, state in zip(self.normal.outputs, self.normal.updated, strict=True):
             if state is not None:
                 self._update(x, state)
@@ -126,8 +125,14 @@ class Engine:
             step()
         except Tangle as tangle:
             where = node.op.equation
-            self.conflicts.append(Conflict(node.name, "" if where is None else _source(where), str(tangle)))
+            self.conflicts.append(Conflict(node.name, "" if where is None else _jax.source_text(where), str(tangle)))
             self._freeze_all(node, f"{node.name} regroups it")
+
+    def _known(self, x: Val) -> Dims:
+        """The dimensions of a value; those of a constant that is met for the first time are a table's."""
+        if x not in self.dims:
+            self.dims[x] = tuple(self.atoms.fresh(size, table=True) for size in x.shape)
+        return self.dims[x]
 
     # -- what rules call ----------------------------------------------------------------------------------------------
 
@@ -162,10 +167,7 @@ class Engine:
 
     def into(self, node: Node, position: int, dims: Sequence[Factors]) -> None:
         """An operand has given dimensions."""
-        x = node.inputs[position]
-        if x not in self.dims:
-            self.dims[x] = tuple(self.atoms.fresh(size, table=True) for size in x.shape)
-        for mine, theirs in zip(self.dims[x], dims, strict=True):
+        for mine, theirs in zip(self._known(node.inputs[position]), dims, strict=True):
             self.atoms.unify(mine, theirs)
         self._use(node, position, dims)
 
@@ -186,10 +188,6 @@ class Engine:
                 if any(not x.table for x in wanted[dim]):
                     self.uses[node.number, position] = tuple(wanted)
                     return
-
-    def freeze(self, factors: Iterable[Atom], reason: str, node: Node) -> None:
-        """The order of a dimension matters to an operation."""
-        self.atoms.freeze(factors, reason)
 
     def ordered(self, size: int, node: Node) -> Factors:
         """A new dimension whose order matters."""
@@ -236,8 +234,8 @@ class Engine:
             self.atoms.unify(space, factors)
             return self._prefer(factors, space)
         if size_of(factors) > 1:
-            kind = "" if index is None else f" {_origin(index)}"
-            self.atoms.freeze(factors, f"addressed by{kind}" if kind else f"addressed in {node.name}")
+            by = f"in {node.name}" if index is None else f"by {_origin(index)}"
+            self.atoms.freeze(factors, f"addressed {by}")
         return factors
 
     def pass_index(self, node: Node) -> None:
@@ -374,13 +372,8 @@ class Engine:
 
 def _origin(index: Val) -> str:
     """What indices come from, for a reason."""
-    while index.node is not None and index.node.name in ("broadcast_in_dim", "reshape", "squeeze", "transpose"):
-        index = index.node.inputs[0]
+    index = rearranged(index)
     return "constants" if index.static else f"an {index.input.kind}" if index.input is not None else "computed indices"
-
-
-def _source(equation: Any) -> str:
-    return _jax.source_text(equation)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -390,7 +383,7 @@ class Axis:
     Attributes:
         name: such as `model` or `blocks.0.mlp.hidden`; unique among the axes of a graph.
         size: number of indices.
-        atom: what it is in `Axes.engine`.
+        atom: what it is in the graph's `Engine`.
         parameters: for each parameter that has it, the dimensions in which it is.
         fixed: why its indices must stay where they are; empty if they may move or go.
     """

@@ -5,7 +5,7 @@ writes those of the results. An operation that is not in the table freezes whate
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compax.analysis.atoms import Factors, size_of
 from compax.analysis.normal import Node, Val
@@ -119,7 +119,7 @@ def _slice(engine: "Engine", node: Node) -> None:
             engine.atoms.cut(minor, start, start + 1)
             dims[dim] = major
         else:
-            engine.freeze(dims[dim], f"{stride} apart in a slice", node)
+            engine.atoms.freeze(dims[dim], f"{stride} apart in a slice")
             dims[dim] = engine.atoms.fresh(output.shape[dim])
     engine.set(output, dims)
     engine.pass_index(node)
@@ -134,7 +134,7 @@ def _pad(engine: "Engine", node: Node) -> None:
     dims = list(engine.dims[x])
     for dim, (low, high, interior) in enumerate(node.attributes["padding_config"]):
         if interior or low < 0 or high < 0:
-            engine.freeze(dims[dim], "padded inside or cropped", node)
+            engine.atoms.freeze(dims[dim], "padded inside or cropped")
             dims[dim] = engine.atoms.fresh(output.shape[dim])
         elif low or high:
             around = [engine.atoms.fresh(size, table=True) if size else None for size in (low, high)]
@@ -180,21 +180,21 @@ def _arg_reduce(engine: "Engine", node: Node) -> None:
 
 def _cumulative(engine: "Engine", node: Node) -> None:
     dims = engine.dims[node.inputs[0]]
-    engine.freeze(dims[node.attributes["axis"]], f"in the order of {node.name}", node)
+    engine.atoms.freeze(dims[node.attributes["axis"]], f"in the order of {node.name}")
     engine.set(node.outputs[0], dims)
 
 
 def _reverse(engine: "Engine", node: Node) -> None:
     dims = engine.dims[node.inputs[0]]
     for dim in node.attributes["dimensions"]:
-        engine.freeze(dims[dim], "reversed", node)
+        engine.atoms.freeze(dims[dim], "reversed")
     engine.set(node.outputs[0], dims)
 
 
 def _sort(engine: "Engine", node: Node) -> None:
     axis = node.attributes["dimension"]
     dims = engine.together(node, range(len(node.inputs)), skip=(axis,))
-    (sorted_,) = [engine.atoms.fresh(node.inputs[0].shape[axis])]
+    sorted_ = engine.atoms.fresh(node.inputs[0].shape[axis])
     source = next((engine.dims[x][axis] for x in node.inputs if not x.static), engine.dims[node.inputs[0]][axis])
     for x, output in zip(node.inputs, node.outputs, strict=True):
         engine.set(output, [sorted_ if i == axis else factors for i, factors in enumerate(dims)])
@@ -240,11 +240,11 @@ def _ragged_dot(engine: "Engine", node: Node) -> None:
     if len(groups) == 1:
         engine.same(node, (1, groups[0]), (2, len(node.inputs[2].shape) - 1))
     else:
-        engine.freeze(engine.dims[node.inputs[2]][-1], "groups of a contraction", node)
+        engine.atoms.freeze(engine.dims[node.inputs[2]][-1], "groups of a contraction")
     for dim in numbers.lhs_ragged_dimensions:
-        engine.freeze(engine.dims[node.inputs[0]][dim], "rows sorted by group", node)
+        engine.atoms.freeze(engine.dims[node.inputs[0]][dim], "rows sorted by group")
     for dim in groups:
-        engine.freeze(engine.dims[node.inputs[1]][dim], "rows are sorted by group", node)
+        engine.atoms.freeze(engine.dims[node.inputs[1]][dim], "rows are sorted by group")
     for side in (0, 1):
         gone = {*contract[side], *batch[side], *(groups if side else ())}
         dims += [factors for i, factors in enumerate(engine.dims[node.inputs[side]]) if i not in gone]
@@ -274,10 +274,10 @@ def _convolution(engine: "Engine", node: Node) -> None:
         engine.atoms.unify(minor, engine.dims[kernel][rhs[1]])
         dims[out[1]] = (*outer, *inner)
     for one, kernel_dim, other in zip(lhs[2:], rhs[2:], out[2:], strict=True):
-        engine.freeze(engine.dims[kernel][kernel_dim], "a window of a convolution", node)
+        engine.atoms.freeze(engine.dims[kernel][kernel_dim], "a window of a convolution")
         pointwise = kernel.shape[kernel_dim] == 1 and x.shape[one] == output.shape[other]
         if not pointwise:
-            engine.freeze(engine.dims[x][one], "space of a convolution", node)
+            engine.atoms.freeze(engine.dims[x][one], "space of a convolution")
         dims[other] = engine.dims[x][one] if pointwise else engine.ordered(output.shape[other], node)
     engine.set(output, dims)
 
@@ -288,7 +288,7 @@ def _window(engine: "Engine", node: Node) -> None:
     dims = list(engine.dims[x])
     for dim, size in enumerate(node.attributes["window_dimensions"]):
         if size != 1 or x.shape[dim] != output.shape[dim]:
-            engine.freeze(dims[dim], "space of a window", node)
+            engine.atoms.freeze(dims[dim], "space of a window")
             dims[dim] = engine.ordered(output.shape[dim], node)
     engine.set(output, dims)
 
@@ -367,7 +367,7 @@ def _iota(engine: "Engine", node: Node) -> None:
 
 
 def _draws(engine: "Engine", node: Node) -> None:
-    """Random numbers: like a table, since which number goes where is a matter of the place alone."""
+    """Random numbers and their keys: like a table, since which one goes where is a matter of the place alone."""
     for output in node.outputs:
         engine.set(output, [engine.atoms.fresh(size, table=True) for size in output.shape])
 
@@ -399,7 +399,7 @@ def _scan_stack(engine: "Engine", node: Node) -> None:
 
 
 def _carry(engine: "Engine", node: Node) -> None:
-    """The next value comes later: see `Engine.close_loops`."""
+    """The next value comes later: see `Engine.run`."""
     x = node.inputs[0]
     dims = [engine.atoms.fresh(size) for size in x.shape]
     engine.set(node.outputs[0], dims)
@@ -422,7 +422,7 @@ def _shard_slice(engine: "Engine", node: Node) -> None:
     dims: list[Factors] = []
     for factors, whole, part in zip(engine.dims[x], x.shape, output.shape, strict=True):
         devices, local = engine.atoms.partition(factors, (whole // part, part))
-        engine.freeze(devices, "spread over devices", node)
+        engine.atoms.freeze(devices, "spread over devices")
         dims.append(local)
     engine.set(output, dims)
 
@@ -438,11 +438,6 @@ def _shard_join(engine: "Engine", node: Node) -> None:
     )
 
 
-def _scalar(engine: "Engine", node: Node) -> None:
-    for output in node.outputs:
-        engine.set(output, [engine.atoms.fresh(size, table=True) for size in output.shape])
-
-
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE.split(), elementwise),
     **dict.fromkeys(("argmax", "argmin"), _arg_reduce),
@@ -456,7 +451,7 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max", "scatter-sub"), _scatter),
     **dict.fromkeys(("random_bits", "rng_uniform", "rng_bit_generator", "threefry2x32"), _draws),
-    **dict.fromkeys(("random_seed", "random_fold_in", "random_split", "random_gamma", "axis_index", "empty"), _scalar),
+    **dict.fromkeys(("random_seed", "random_fold_in", "random_split", "random_gamma", "axis_index", "empty"), _draws),
     **dict.fromkeys(("all_gather", "all_gather_invariant"), _all_gather),
     "broadcast_in_dim": _broadcast,
     "carried": _carried,
@@ -493,8 +488,3 @@ def check_sizes(x: Val, dims: Sequence[Factors]) -> None:
     """Asserts that dimensions fit a shape: an error here is one of a rule."""
     found = tuple(map(size_of, dims))
     assert found == x.shape, f"{x} has dimensions of {found}"
-
-
-def rule_for(name: str) -> Any:
-    """The rule of an operation, or none."""
-    return RULES.get(name)

@@ -291,7 +291,7 @@ def _unpacked(program: "Program", captured: "Captured") -> tuple[Unpacked, ...]:
 
     inputs = zip(captured.inputs, captured.graph.inputs, strict=True)
     rest = [_jax.as_struct(value.aval) for tag, value in inputs if tag.kind != "parameter"]
-    with jax.sharding.use_abstract_mesh(captured.signature.mesh or jax.sharding.get_abstract_mesh()):
+    with captured.under_mesh():
         jax.eval_shape(evaluate, program.params, rest)
     counted = collections.Counter(evaluator.decodes)
     found = [Unpacked(x.operation, x.format, x.shape, x.nbytes, times, x.loop) for x, times in counted.items()]

@@ -13,7 +13,7 @@ turn before), `carried` (it after the last turn), `join` (the results of branche
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,6 +75,11 @@ class Val:
         return not self.depends
 
     @property
+    def number(self) -> int:
+        """The number of the node that computes it; -1 for inputs and constants, which come before all."""
+        return -1 if self.node is None else self.node.number
+
+    @property
     def name(self) -> str:
         """The name of the node that computes it, or of what it stands for."""
         if self.node is not None:
@@ -110,6 +115,18 @@ class Node:
     position: int = 0
     number: int = 0
     outputs: list[Val] = dataclasses.field(default_factory=list)
+
+
+REARRANGING = ("broadcast_in_dim", "reshape", "squeeze", "transpose")
+"""Operations that rearrange or repeat, and leave nothing out."""
+
+
+def rearranged(x: Val, names: Iterable[str] = REARRANGING) -> Val:
+    """What a value rearranges, by some operations."""
+    names = frozenset(names)
+    while x.node is not None and x.node.name in names:
+        x = x.node.inputs[0]
+    return x
 
 
 Frame = dict[Value, Val]
@@ -432,8 +449,7 @@ _NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1}
 
 def _is(x: Val, number: float) -> bool:
     """Whether a value is a number everywhere."""
-    while x.node is not None and x.node.name in ("broadcast_in_dim", "reshape"):
-        x = x.node.inputs[0]
+    x = rearranged(x, ("broadcast_in_dim", "reshape"))
     return x.constant is not None and np.ndim(x.constant) == 0 and bool(np.asarray(x.constant) == number)
 
 

@@ -98,7 +98,7 @@ class Alignment:
         """
         if node.name in ELEMENTWISE:
             found = self._elementwise(node)
-        elif node.name in ("broadcast_in_dim", "reshape", "squeeze", "transpose"):
+        elif node.name in _RULES:
             found = _RULES[node.name](self.of(node.inputs[0]), node)
         elif node.name == "reduce_sum":
             gone = node.attributes["axes"]

@@ -10,11 +10,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from compax.analysis.atoms import Atom, Factors
-from compax.analysis.normal import Depends, Node, Val
+from compax.analysis.normal import Depends, Node, Val, rearranged
 from compax.analysis.provenance import reshape_groups
 from compax.composites import masks, positions
+from compax.composites.alignment import region
 from compax.composites.base import Attention
-from compax.composites.view import LAYOUT, Linear, View, parameter_only, rearranged, scalar, unbroadcast
+from compax.composites.view import LAYOUT, Linear, View, parameter_only, scalar, unbroadcast
 
 _DEEPEST = 64
 _ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "select_n", "tanh", "neg", "max", "min", "clamp", "add_any"})
@@ -237,9 +238,7 @@ def _attention(view: View, softmax: Softmax) -> Attention | None:
     axes = _axes(view, dot, key_side, chain.dims, pv, weight_side)
     sources = [view.sources(x) for x in (query, key)]
     nodes = _region(softmax, chain, start, between, pv, divided)
-    mask, score = masks.classify(
-        view, dot.outputs[0], softmax.scores, chain.sides, chain.nodes, softmax.dims, axes["queries"]
-    )
+    mask, score = masks.classify(view, dot.outputs[0], softmax.scores, chain.sides, softmax.dims, axes["queries"])
     rotation, query_scale = positions.query_rotation(view, query, axes["head_size"])
     cache = _cache(view, key)
     return Attention(
@@ -383,13 +382,8 @@ def _any(view: View, atom: Atom, among: set[Atom]) -> bool:
 
 def _head_atoms(view: View, query: Val, key: Val, value: Val, pv: Node) -> set[Atom]:
     """Atoms of the weights that project onto heads, and of what the output projection contracts."""
-    found: set[Atom] = set()
-    for x in (query, key, value):
-        for linear in view.sources(x):
-            found |= view.leaves(linear.weight)
-    for linear in view.consumers(pv.outputs[0]):
-        found |= view.leaves(linear.weight)
-    return found
+    around = view.projections((query, key, value), pv.outputs[0])
+    return {atom for linear in around for atom in view.leaves(linear.weight)}
 
 
 # -- What else there is to say ----------------------------------------------------------------------------------------
@@ -405,14 +399,8 @@ def _region(
 ) -> tuple[Node, ...]:
     """All nodes of an attention, in order of evaluation."""
     found = {*chain.nodes, chain.dot, *between, pv, *divided}
-    waiting = [softmax.total, start]
-    while waiting:
-        x = waiting.pop()
-        node = x.node
-        if node is None or node in found or x is softmax.scores or x.static:
-            continue
-        found.add(node)
-        waiting.extend(node.inputs)
+    for x in (softmax.total, start):
+        found.update(region(x, (softmax.scores,)))
     return tuple(sorted(found, key=lambda node: node.number))
 
 

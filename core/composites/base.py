@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from compax.analysis.atoms import Factors
+from compax.analysis.atoms import Factors, size_of
 from compax.analysis.normal import Node, Val
 
 KINDS = ("attention", "normalization", "feed_forward", "experts")
@@ -232,19 +232,19 @@ class Attention(Composite):
     @property
     def num_groups(self) -> int:
         """Number of key-value heads."""
-        return _size(self.groups)
+        return size_of(self.groups)
 
     @property
     def num_heads(self) -> int:
         """Number of query heads."""
-        return _size(self.groups) * _size(self.repeats)
+        return size_of(self.groups) * size_of(self.repeats)
 
     def facts(self) -> Mapping[str, str]:
         heads, groups = self.num_heads, self.num_groups
         facts = {
             "mask": str(self.mask),
             "heads": f"{heads}" if heads == groups else f"{heads} on {groups}",
-            "head size": str(_size(self.head_size)),
+            "head size": str(size_of(self.head_size)),
             "scale": f"{self.scale * self.query_scale:.4g}",
         }
         if self.softcap is not None:
@@ -294,14 +294,7 @@ class Experts(Composite):
 
     def facts(self) -> Mapping[str, str]:
         routed = "all" if self.top_k is None else f"top {self.top_k}"
-        facts = {"experts": str(_size(self.experts)), "router": routed, "form": self.form}
+        facts = {"experts": str(size_of(self.experts)), "router": routed, "form": self.form}
         if self.capacity is not None:
             facts["capacity"] = str(self.capacity)
         return facts | {"inside": "gated" if self.gated else "plain", "activation": self.activation}
-
-
-def _size(factors: Factors) -> int:
-    size = 1
-    for atom in factors:
-        size *= atom.size
-    return size

@@ -9,9 +9,9 @@ weights. The router is the linear layer that has the same axis as its result.
 from collections.abc import Sequence
 
 from compax.analysis.atoms import Atom
-from compax.analysis.normal import Node, Val
+from compax.analysis.normal import Node, Val, rearranged
 from compax.composites.base import Experts, FeedForward
-from compax.composites.view import LAYOUT, Linear, View, parameter_only, rearranged
+from compax.composites.view import LAYOUT, Linear, View, parameter_only
 
 _FORWARD = 512
 
@@ -81,7 +81,9 @@ def _experts(
         form = "grouped"
     else:
         own = view.leaves(inner[0].x) - view.leaves(x) - {atom}
-        if own and not view.leaves(x) - _model(view, router) <= view.leaves(inner[0].x):
+        if own and not view.leaves(x) - set(view.engine.atoms.leaves(view.contracted(router))) <= view.leaves(
+            inner[0].x
+        ):
             form, capacity = "dispatch", max(a.size for a in own)
     first = inner[0]
     weights = [linear.weight for linear in (router, *linears)]
@@ -101,11 +103,6 @@ def _experts(
         gated=first.gated,
         hidden=first.hidden,
     )
-
-
-def _model(view: View, router: Linear) -> set[Atom]:
-    contract = router.node.attributes["dimension_numbers"][0][router.position]
-    return {a for dim in contract for a in view.engine.atoms.leaves(view.factors(router.weight, dim))}
 
 
 def _top_k(view: View, router: Linear, nodes: Sequence[Node]) -> int | None:
@@ -130,9 +127,8 @@ def _top_k(view: View, router: Linear, nodes: Sequence[Node]) -> int | None:
 def _combined(view: View, x: Val, results: Sequence[Val], atom: Atom) -> Val | None:
     """Where what the experts gave has become one value of the dimensions of `x`."""
     wanted = view.leaves(x)
-    started = {node for result in results for node in view.normal.readers(result)}
     waiting = set(results)
-    position = min(result.node.number for result in results if result.node is not None)
+    position = min(result.number for result in results)
     open_: dict[Val, int] = {}
     for node in view.normal.nodes[position : position + _FORWARD * max(1, len(results))]:
         fresh = [y for y in node.outputs if y in waiting]
@@ -146,7 +142,7 @@ def _combined(view: View, x: Val, results: Sequence[Val], atom: Atom) -> Val | N
         waiting.difference_update(fresh)
         for y in fresh:
             open_[y] = len(view.normal.readers(y))
-        if not waiting and started and len(open_) == 1:
+        if not waiting and len(open_) == 1:
             (last,) = open_
             if last not in results and view.leaves(last) == wanted and atom not in view.leaves(last):
                 return last

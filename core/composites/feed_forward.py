@@ -16,15 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from compax.analysis.folding import Folder, TooLarge, Unknown
-from compax.analysis.normal import Depends, Node, Val
+from compax.analysis.normal import REARRANGING, Depends, Node, Val, rearranged
 from compax.composites.activations import GRID, name_activation
 from compax.composites.alignment import ELEMENTWISE, Alignment, Misaligned, Row, region
 from compax.composites.attention import drop_rate
 from compax.composites.base import FeedForward
 from compax.composites.normalization import number
-from compax.composites.view import Linear, View, parameter_only, rearranged, unbroadcast
+from compax.composites.view import Linear, View, parameter_only, unbroadcast
 
-_LAYOUT = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
 _CUTS = frozenset({"slice", "split", "unstack", "dynamic_slice"})
 _DRAWS = frozenset({"random_bits", "rng_uniform", "rng_bit_generator", "threefry2x32"})
 _PRODUCTS = frozenset({"dot_general", "ragged_dot_general"})
@@ -179,7 +178,7 @@ def _cone(view: View, down: Linear) -> _Cone | None:
             if end is None:
                 return None
             ends.append(end)
-        elif node is not None and (node.name in ELEMENTWISE or node.name in _LAYOUT):
+        elif node is not None and (node.name in ELEMENTWISE or node.name in REARRANGING):
             nodes.append(node)
             fresh = [y for y in dict.fromkeys(node.inputs) if y not in seen]
             seen.update(fresh)
@@ -227,7 +226,7 @@ def _half(view: View, value: Val, node: Node) -> _End | None:
             side = 0 if parameter_only(x.node.inputs[0]) else 1
             biases.append(x.node.inputs[side])
             x = x.node.inputs[1 - side]
-        elif x.node.name in _LAYOUT:
+        elif x.node.name in REARRANGING:
             x = x.node.inputs[0]
         else:
             return None
@@ -330,7 +329,7 @@ def _biased(view: View, down: Linear, alignment: Alignment, outputs: set[Val]) -
     try:
         while value not in outputs and len(view.normal.readers(value)) == 1:
             (node,) = view.normal.readers(value)
-            if node.name in _LAYOUT:
+            if node.name in REARRANGING:
                 alignment.visit(node)
                 value = node.outputs[0]
                 continue
@@ -407,7 +406,7 @@ def _steps(view: View, x: Val, cone: _Cone) -> _Steps:
                 words.append(("number", number(view, y) or 0.0))
             else:
                 words.append(known[y])
-        if node.name in _LAYOUT:
+        if node.name in REARRANGING:
             known[node.outputs[0]] = words[0]
         else:
             known[node.outputs[0]] = ("step", len(steps))

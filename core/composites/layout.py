@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from compax.analysis.atoms import Atom, Factors
 from compax.analysis.normal import Val
 from compax.composites.base import Attention
+from compax.composites.masks import in_band
 from compax.composites.view import View
 
 
@@ -145,12 +146,7 @@ def static_mask(attention: Attention, num_queries: int, num_keys: int) -> jax.Ar
     if mask.allowed is not None:
         return jnp.asarray(mask.allowed)[None, None]
     rows, columns = jnp.arange(num_queries)[:, None] + mask.offset, jnp.arange(num_keys)
-    seen = jnp.ones((num_queries, num_keys), bool)
-    before, after = mask.window
-    if before >= 0:
-        seen &= rows - columns <= before
-    if after >= 0:
-        seen &= columns - rows <= after
+    seen = in_band(rows - columns, mask.window)
     if mask.kind == "chunked":
         seen &= rows // mask.chunk == columns // mask.chunk
     return seen[None, None]

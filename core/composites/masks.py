@@ -8,19 +8,21 @@ does not reproduce it bit by bit is dropped, and the mask is then said to be unk
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from compax.analysis.atoms import Factors
 from compax.analysis.folding import Folder, TooLarge, Unknown
-from compax.analysis.normal import Node, Val
+from compax.analysis.normal import Val, rearranged
 from compax.composites.base import Mask
-from compax.composites.view import View, parameter_only, rearranged
+from compax.composites.view import View, parameter_only
 
 _MASKED = -9e3
 """From here on down a score is as good as none; some models mask with -10000."""
 _MOST_LEAVES = 8
+_ENDLESS = int(np.iinfo(np.int32).max)
 _POINTS = (1.0, -1.0, 2.0, 30.0, -300.0)
 
 
@@ -48,7 +50,6 @@ def classify(
     product: Val,
     scores: Val,
     sides: Sequence[Val],
-    nodes: Sequence[Node],
     key_dims: Sequence[int],
     queries: Factors,
 ) -> tuple[Mask, Score]:
@@ -59,7 +60,6 @@ def classify(
         product: the raw scores.
         scores: what the softmax takes.
         sides: what joins in between.
-        nodes: the nodes between, for telling equal regions.
         key_dims: the dimensions of `scores` that the softmax sums over.
         queries: the positions of queries.
     """
@@ -206,7 +206,7 @@ class _Region:
             for by_keys in (False, True) if rows == columns and not single else (False,):
                 if all(
                     found is not None
-                    and (found == _in_band(p[:, None] - (p if by_keys else np.arange(columns)), band)).all()
+                    and (found == in_band(p[:, None] - (p if by_keys else np.arange(columns)), band)).all()
                     for p, found in zip(places, seen, strict=True)
                 ):
                     last = places[0]
@@ -404,14 +404,10 @@ def _common_band(places: Sequence[np.ndarray], seen: Sequence[np.ndarray | None]
     return before, after
 
 
-def _in_band(distance: np.ndarray, band: tuple[int, int]) -> np.ndarray:
-    before, after = band
-    inside = np.ones(distance.shape, bool)
-    if before >= 0:
-        inside &= distance <= before
-    if after >= 0:
-        inside &= distance >= -after
-    return inside
+def in_band(distance: Any, band: tuple[int, int]) -> Any:
+    """Whether keys are seen by how far back they are, where a query sees so far back and ahead; -1: without end."""
+    before, after = (_ENDLESS if reach < 0 else reach for reach in band)
+    return (distance <= before) & (distance >= -after)
 
 
 def _static_kind(visible: np.ndarray) -> Mask:

@@ -17,13 +17,12 @@ from collections.abc import Collection, Iterator, Sequence
 import jax.numpy as jnp
 
 from compax.analysis.folding import Folder, TooLarge, Unknown
-from compax.analysis.normal import Depends, Node, Val
+from compax.analysis.normal import REARRANGING, Depends, Node, Val, rearranged
 from compax.composites.alignment import Alignment, Digit, Misaligned, Row, region
 from compax.composites.base import Normalization
-from compax.composites.view import View, rearranged, scalar, unbroadcast
+from compax.composites.view import View, scalar, unbroadcast
 
 _REGROUP = ("reshape", "squeeze", "transpose", "convert_element_type")
-_LAYOUT = ("broadcast_in_dim", "reshape", "squeeze", "transpose")
 _PICKED = ("reshape", "squeeze", "broadcast_in_dim", "convert_element_type", "scan_slice", "slice", "dynamic_slice")
 _DEEPEST = 16
 
@@ -230,7 +229,7 @@ def _same(one: Val, other: Val) -> bool:
 
 def _bare(x: Val) -> Val:
     """A value without what repeats or rearranges it."""
-    return rearranged(x, (*_LAYOUT, "convert_element_type"))
+    return rearranged(x, (*REARRANGING, "convert_element_type"))
 
 
 def _stored(x: Val) -> bool:
@@ -256,7 +255,7 @@ def _quotients(view: View, root: Val, inverse: bool, statistic: _Statistic) -> I
             return
         for node in view.normal.readers(value):
             output = node.outputs[0]
-            if node.name in _LAYOUT:
+            if node.name in REARRANGING:
                 waiting.append((output, inverted, weight))
             elif node.name == "integer_pow" and node.attributes["y"] == -1 and not inverted:
                 waiting.append((output, True, weight))
@@ -314,7 +313,7 @@ def _chain(view: View, quotient: _Quotient, statistic: _Statistic, outputs: Coll
         if value in outputs or len(readers) != 1:
             return
         (node,) = readers
-        if node.name in _LAYOUT:
+        if node.name in REARRANGING:
             value = node.outputs[0]
             continue
         if node.name not in ("mul", "add", "sub") or node.inputs[0] is node.inputs[1]:

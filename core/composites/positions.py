@@ -100,7 +100,7 @@ def _common_source(view: View, x: Val) -> Val | None:
     """The one value that all of `x` is computed from by rearranging, multiplying and adding."""
     frontier, count = {x}, 0
     while True:
-        last = max(frontier, key=lambda y: -1 if y.node is None else y.node.number)
+        last = max(frontier, key=lambda y: y.number)
         node = last.node
         if len(frontier) == 1 and count:
             return last

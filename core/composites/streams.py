@@ -4,11 +4,11 @@ He et al., "Deep Residual Learning for Image Recognition", 2015, arXiv:1512.0338
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
-from compax.analysis.normal import Node, Val
+from compax.analysis.normal import Node, Val, rearranged
 from compax.composites.base import Normalization
-from compax.composites.view import View, parameter_only, rearranged
+from compax.composites.view import View, parameter_only
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,14 +69,27 @@ def _residual(node: Node) -> Residual | None:
 
 def _derives(x: Val, source: Val) -> bool:
     """Whether `x` is computed from `source`."""
-    first = -1 if source.node is None else source.node.number
+    return any(value is source for value in _since(x, source))
+
+
+def on_the_way(residual: Residual) -> set[Node]:
+    """The nodes of what is added to a stream: those that come after what it is computed from."""
+    values = _since(residual.branch, residual.stream)
+    return {value.node for value in values if value.node is not None and _comes_after(value, residual.stream)}
+
+
+def _since(x: Val, source: Val) -> Iterator[Val]:
+    """A value and what it comes from, back to where `source` is computed."""
     waiting, seen = [x], {x}
     while waiting:
         value = waiting.pop()
-        if value is source:
-            return True
-        if value.node is not None and value.node.number > first and value.node.name != "carry":
+        yield value
+        if value.node is not None and _comes_after(value, source):
             fresh = [y for y in value.node.inputs if y not in seen and not y.static]
             seen.update(fresh)
             waiting.extend(fresh)
-    return False
+
+
+def _comes_after(x: Val, source: Val) -> bool:
+    """Whether a value is computed later than another, in the same turn of a loop."""
+    return x.number > source.number and x.name != "carry"

@@ -1,14 +1,14 @@
 """A graph as recognition sees it: its normal form, its axes, and which contractions are linear layers."""
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from compax.analysis.atoms import Atom, Factors
 from compax.analysis.axes import Engine
-from compax.analysis.normal import Depends, Node, Normal, Val
+from compax.analysis.normal import Depends, Node, Normal, Val, rearranged
 from compax.capture import Captured
 
 LAYOUT = frozenset(
@@ -164,6 +164,17 @@ class View:
         found = (self.linear(y) for y in self.upstream(x, through, limit))
         return [linear for linear in found if linear is not None]
 
+    def projections(self, operands: Iterable[Val], result: Val) -> list[Linear]:
+        """The linear layers that some values come from, and those that take another."""
+        return [*(linear for x in operands for linear in self.sources(x)), *self.consumers(result)]
+
+    def contracted(self, linear: Linear) -> Factors:
+        """What a linear layer sums over; nothing for convolutions and grouped products."""
+        if linear.node.name != "dot_general":
+            return ()
+        contract = linear.node.attributes["dimension_numbers"][0][linear.position]
+        return tuple(atom for dim in contract for atom in self.factors(linear.weight, dim))
+
     def consumers(self, x: Val, limit: int = 64) -> Iterator[Linear]:
         """The linear layers that take a value, rearranged or not."""
         waiting, seen = [x], {x}
@@ -192,28 +203,7 @@ def scalar(x: Val) -> float | None:
 
 def unbroadcast(x: Val) -> Val:
     """What a value repeats or rearranges without picking from it."""
-    while x.node is not None and x.node.name in ("broadcast_in_dim", "reshape", "squeeze", "convert_element_type"):
-        x = x.node.inputs[0]
-    return x
-
-
-def rearranged(x: Val, names: Iterable[str] = ("broadcast_in_dim", "reshape", "squeeze", "transpose")) -> Val:
-    """What a value rearranges, by some operations."""
-    names = frozenset(names)
-    while x.node is not None and x.node.name in names:
-        x = x.node.inputs[0]
-    return x
-
-
-def common_prefix(paths: Sequence[str]) -> str:
-    """The longest common prefix of dotted paths, by component."""
-    split = [path.split(".") for path in paths]
-    common: list[str] = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
+    return rearranged(x, ("broadcast_in_dim", "reshape", "squeeze", "convert_element_type"))
 
 
 def _hashable(value: Any) -> str:

@@ -1,6 +1,5 @@
 """Which indices of every dimension of a graph are kept, once those of some axes are chosen."""
 
-import collections
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -62,7 +61,6 @@ class Narrowing:
         self.engine.run()
         self.keep: dict[Atom, np.ndarray] = {}
         self._known: dict[Factors, Kept] = {}
-        self._reasons: dict[Atom, dict[str, None]] | None = None
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
@@ -204,7 +202,7 @@ class Narrowing:
             if atom in self.keep:
                 self._contradiction(what)
             return
-        reasons = [reason for reason in self.reasons(atom) if reason not in _BORDERS or self._outermost]
+        reasons = [reason for reason in atom.reasons if reason not in _BORDERS or self._outermost]
         if reasons or atom.table:
             raise RewriteError(
                 f"the indices of {what} must stay where they are in the graph '{self._name}': "
@@ -228,16 +226,6 @@ class Narrowing:
     @property
     def _outermost(self) -> bool:
         return any(tag.kind != "operand" for tag in self.captured.inputs)
-
-    def reasons(self, atom: Atom) -> Iterable[str]:
-        """Why the indices of an atom must stay where they are; reasons of sums hold for what they are sums of."""
-        if self._reasons is None:
-            self._reasons = collections.defaultdict(dict)
-            for whole in map(self.engine.atoms.find, self.engine.atoms.sums):
-                if whole.reasons:
-                    for leaf in self.engine.atoms.leaves((whole,)):
-                        self._reasons[leaf].update(whole.reasons)
-        return {**atom.reasons, **self._reasons.get(atom, {})}
 
 
 def check_indices(indices: Sequence[int], size: int, what: str) -> np.ndarray:

@@ -13,7 +13,7 @@ from compax import _jax
 from compax.analysis.normal import Normal, Val
 from compax.capture import Captured
 from compax.errors import RewriteError
-from compax.ir import Graph, Op, Operand, Path, Value
+from compax.ir import Graph, Op, Operand, Path, Value, copied, resolve
 
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 
@@ -104,16 +104,9 @@ class _Places:
         for path in sorted(found, key=len) if inlining else ():
             if path[: len(prefix)] != prefix:
                 continue
-            if all(self._operation(graph, path[: n + 1]).name in _INLINED for n in range(len(prefix), len(path))):
+            if all(resolve(graph, path[: n + 1]).name in _INLINED for n in range(len(prefix), len(path))):
                 return self.steps(graph, path)[len(prefix) :], found[path]
         return None
-
-    @staticmethod
-    def _operation(graph: Graph, path: Path) -> Op:
-        """The operation that holds the body at a path."""
-        for position, index in path[:-1]:
-            graph = graph.ops[position].bodies[index]
-        return graph.ops[path[-1][0]]
 
     @staticmethod
     def steps(graph: Graph, prefix: Path) -> tuple[Step, ...]:
@@ -261,18 +254,8 @@ def _kept_outside(
 def _body(ops: Sequence[Op], operands: Sequence[Value], output: Value) -> Graph:
     """Operations as a graph of their own, with values of its own."""
     env: dict[Value, Value] = {x: Value(x.aval) for x in operands}
-    copied = [_copied(op, env) for op in ops]
-    return Graph(tuple(env[x] for x in operands), tuple(copied), (env[output],))
-
-
-def _copied(op: Op, env: dict[Value, Operand] | dict[Value, Value]) -> Op:
-    for value in op.outputs:
-        env.setdefault(value, Value(value.aval))
-    return dataclasses.replace(
-        op,
-        inputs=tuple(env[x] if isinstance(x, Value) else x for x in op.inputs),
-        outputs=tuple(env[value] for value in op.outputs),  # type: ignore[arg-type]
-    )
+    own = tuple(copied(op, env) for op in ops)
+    return Graph(tuple(env[x] for x in operands), own, (env[output],))
 
 
 def inline_call(graph: Graph, call: Op) -> Graph:
@@ -306,7 +289,7 @@ def _without(graph: Graph, call: Op) -> tuple[Graph, dict[Value, Operand]]:
     ops: list[Op] = []
     for op in graph.ops:
         if op is call:
-            ops += [_copied(inner, env) for inner in body.ops]
+            ops += [copied(inner, env) for inner in body.ops]
         elif any(isinstance(x, Value) and x in handed for x in op.inputs):
             ops.append(dataclasses.replace(op, inputs=tuple(_handed(x, handed) for x in op.inputs)))
         else:

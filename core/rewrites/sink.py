@@ -91,7 +91,7 @@ def sink_captured(captured: Captured, cuts: Sequence[Cut]) -> Captured:
                 values.append(Parts(tuple(next(given) for _ in cut.sizes), cut.dim, cut.outer))
         return [evaluator.dense(x, "output") for x in evaluator.run(captured.graph, values)]
 
-    with jax.sharding.use_abstract_mesh(captured.signature.mesh or jax.sharding.get_abstract_mesh()):
+    with captured.under_mesh():
         try:
             graph = ir.trace(function, *avals)
         except EncodingError as error:
@@ -160,7 +160,7 @@ def fuse_captured(captured: Captured, parameters: Sequence[str], cut: Cut) -> Ca
     size = sum(cut.sizes) * cut.outer
     axis = len(first.shape) + cut.dim
     aval = _jax.with_shape(first.aval, (*first.shape[:axis], size, *first.shape[axis + 1 :]))
-    evaluator = _Fusing(tuple(parameters))
+    evaluator = _Fusing()
     order = [tag for tag in captured.inputs if tag.path not in parameters[1:] or tag.kind != "parameter"]
     tags = [Input("parameter", cut.path) if tag == Input("parameter", parameters[0]) else tag for tag in order]
     avals = [
@@ -181,7 +181,7 @@ def fuse_captured(captured: Captured, parameters: Sequence[str], cut: Cut) -> Ca
                 values.append(by_tag[tag])
         return [x.decode() if isinstance(x, Encoded) else x for x in evaluator.run(captured.graph, values)]
 
-    with jax.sharding.use_abstract_mesh(captured.signature.mesh or jax.sharding.get_abstract_mesh()):
+    with captured.under_mesh():
         graph = ir.trace(function, *avals)
     return dataclasses.replace(captured, graph=graph, inputs=tuple(tags))
 
@@ -253,9 +253,8 @@ def _borders(readers: Sequence[Node], x: Val, dim: int, inner: int) -> list[int]
 class _Fusing(lowering.Evaluator):
     """Evaluates products of one value with all parts of a fused parameter as one product."""
 
-    def __init__(self, parameters: tuple[str, ...]):
+    def __init__(self) -> None:
         super().__init__()
-        self.parameters = parameters
         self.products: dict[Any, tuple[Any, Any]] = {}
 
     def _apply(self, op: ir.Op, operands: list[Any]) -> list[Any]:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import compax
+from compax.analysis.atoms import size_of
 from compax.capture import Captured
 from compax.composites.base import Attention, Experts, FeedForward, Normalization
 from compax.experiments.benchmarks import reporting, zoo
@@ -47,12 +48,14 @@ def covered(program: compax.Program, meaning: Meaning) -> float:
 
 def timed(captured: Captured, times: int = 3) -> tuple[Meaning, float]:
     """The meaning of a graph, and the median of the seconds that finding it takes."""
-    samples: list[float] = []
-    for _ in range(times):
-        start = time.perf_counter()
-        Meaning(captured)
-        samples.append(time.perf_counter() - start)
-    return Meaning(captured), statistics.median(samples)
+    found = [_timed_once(captured) for _ in range(times)]
+    return found[-1][0], statistics.median(seconds for _, seconds in found)
+
+
+def _timed_once(captured: Captured) -> tuple[Meaning, float]:
+    start = time.perf_counter()
+    meaning = Meaning(captured)
+    return meaning, time.perf_counter() - start
 
 
 def _found_of(found: int, expected: int, details: bool = True) -> str:
@@ -67,7 +70,7 @@ def attention_facts(attention: Attention) -> tuple[object, ...]:
         "argument" if mask.given else "causal" if mask.window[1] == 0 else mask.kind,
         attention.num_heads,
         attention.num_groups,
-        _size(attention.head_size),
+        size_of(attention.head_size),
         _rounded(attention.scale * attention.query_scale),
         "" if rotation is None else f"rope {rotation.form}",
         0 if rotation is None else rotation.size,
@@ -99,13 +102,6 @@ def expected_facts(attention: zoo.Attention) -> tuple[object, ...]:
 def _rounded(number: float) -> float:
     """To what bfloat16 holds, in which some models keep their constants."""
     return float(jnp.asarray(number, jnp.bfloat16))
-
-
-def _size(factors: Sequence[object]) -> int:
-    size = 1
-    for atom in factors:
-        size *= atom.size  # type: ignore[attr-defined]
-    return size
 
 
 @dataclasses.dataclass(frozen=True)
