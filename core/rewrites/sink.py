@@ -119,7 +119,7 @@ def fuse(program: Program, parameters: Sequence[str], name: str, dim: int = -1, 
         outer: how many times the parts alternate along it, as in `Cut`.
 
     Raises:
-        RewriteError: the parts do not fit together, or the name is taken.
+        RewriteError: the parts do not fit together, only some of them are frozen, or the name is taken.
     """
     missing = [path for path in parameters if path not in program.params]
     if missing or len(parameters) < 2:
@@ -133,6 +133,9 @@ def fuse(program: Program, parameters: Sequence[str], name: str, dim: int = -1, 
         raise RewriteError(f"{listed} do not lie in a row along dimension {dim}")
     if any(x.shape[dim] % outer for x in parts):
         raise RewriteError(f"parts of sizes {[x.shape[dim] for x in parts]} cannot alternate {outer} times")
+    held = [path for path in parameters if path in program.frozen]
+    if held and len(held) < len(parameters):
+        raise RewriteError(f"of these parameters only {', '.join(held)} are frozen; freeze all of them or none")
     cut = Cut(name, dim, outer, tuple(x.shape[dim] // outer for x in parts))
     whole = Parts(tuple(parts), dim, outer).decode()
     params: dict[str, Any] = {}
@@ -142,7 +145,8 @@ def fuse(program: Program, parameters: Sequence[str], name: str, dim: int = -1, 
         elif path not in parameters:
             params[path] = x
     graphs = {key: fuse_captured(captured, tuple(parameters), cut) for key, captured in program.graphs.items()}
-    return program.restructured(params=params, graphs=graphs, frozen=program.frozen - set(parameters))
+    frozen = (program.frozen - set(parameters)) | ({name} if held else set[str]())
+    return program.restructured(params=params, graphs=graphs, frozen=frozen)
 
 
 def fuse_captured(captured: Captured, parameters: Sequence[str], cut: Cut) -> Captured:

@@ -145,3 +145,13 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     program = compax.capture(lambda params, x: x @ params["a"] @ params["b"], params, X)
     with pytest.raises(RewriteError, match="do not lie in a row"):
         fuse(program, ["a", "b"], "whole")
+
+
+def test_what_is_frozen_stays_frozen_apart_and_together() -> None:
+    program = compax.capture(gate_and_up, {"w": jnp.ones((D, 2 * F))}, X)
+    frozen = compax.Pipeline.parse("freeze()")(program)
+    apart = sink(frozen, "w")
+    assert apart.frozen == {"w.0", "w.1"}
+    assert fuse(apart, ["w.0", "w.1"], "w").frozen == {"w"}
+    with pytest.raises(RewriteError, match=r"only w\.0 are frozen"):
+        fuse(apart.replace(frozen=frozenset({"w.0"})), ["w.0", "w.1"], "w")
