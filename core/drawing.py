@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compax import printing
-from compax.analysis.atoms import size_of
-from compax.composites.base import Attention, Composite, Experts, FeedForward, Normalization
+from compax.composites.base import Attention, Composite, Normalization
 from compax.composites.streams import Residual, on_the_way
+from compax.gathering import ranges
 from compax.meaning_text import axes_text, composites_text
 
 if TYPE_CHECKING:
@@ -142,13 +142,7 @@ def _boxes(program: "Program", meaning: "Meaning", entry: str | None) -> list[tu
     sites = {site.path: site for site in program.sites(entry)}
     total = sum(site.flops for site in sites.values()) or 1
     nodes = {node.path: node for node in meaning.view.normal.nodes}
-    taken: dict[Any, Composite] = {}
-    for composite in meaning.composites:
-        taken |= {node.path: composite for node in composite.nodes}
-    for attention in meaning.of_kind(Attention):
-        operands = (attention.query, attention.key, attention.value)
-        for linear in meaning.view.projections(operands, attention.output):
-            taken.setdefault(linear.node.path, attention)
+    taken = meaning.owners()
     flops: dict[str, int] = {}
     for path, site in sites.items():
         if path in taken:
@@ -165,18 +159,7 @@ def _boxes(program: "Program", meaning: "Meaning", entry: str | None) -> list[tu
 
 
 def _composite_box(program: "Program", composite: Composite, share: float) -> _Box:
-    facts = dict(composite.facts())
-    if isinstance(composite, Attention):
-        lines = [facts.pop("mask"), f"{facts.pop('heads')} heads of {facts.pop('head size')}"]
-        facts.pop("scale")
-        lines += [text if name == "positions" else f"{name} {text}" for name, text in facts.items()]
-    elif isinstance(composite, FeedForward):
-        lines = [f"{facts['form']}, {facts['activation']}, hidden {size_of(composite.hidden)}"]
-    elif isinstance(composite, Experts):
-        lines = [f"{facts['experts']} experts, {facts['router']}, {facts['form']}"]
-        lines.append(f"{facts['inside']}, {facts['activation']}, hidden {size_of(composite.hidden)}")
-    else:
-        lines = [f"{facts.get('type', '')}, {facts.get('affine', '')}"]
+    lines = composite.summary()
     stored = [program.params[path] for path in composite.parameters if path in program.params]
     formats = sorted({printing.format_text(x).partition("[")[0] for x in stored})
     described = [f"{name}: {text}" for name, text in composite.facts().items()]
@@ -184,7 +167,7 @@ def _composite_box(program: "Program", composite: Composite, share: float) -> _B
     return _Box(
         kind,
         f"{_last(composite.name)} · {kind.replace('_', ' ')}",
-        tuple(lines),
+        lines,
         "\n".join([f"{composite.name} ({kind})", *described, *composite.parameters]),
         (kind, _masked(composite.name), *lines),
         isinstance(composite, Attention) and composite.cross,
@@ -368,7 +351,7 @@ class _Canvas:
         for branch in group:
             y = self.branch(lane, spine, y, branch)
         numbers = sorted(set(group[0].names))
-        which = f"{group[0].layer}{{{printing.ranges(numbers)}}}" if len(numbers) > 1 else group[0].layer.rstrip(".")
+        which = f"{group[0].layer}{{{ranges(numbers)}}}" if len(numbers) > 1 else group[0].layer.rstrip(".")
         caption = f"{which or 'layers'} × {group[0].times}{' (scan)' if group[0].loop else ''}"
         width = _LANE - 14
         self.frames.append(

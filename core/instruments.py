@@ -17,8 +17,8 @@ from flax import nnx
 
 from compax.contracts import Observation
 from compax.errors import ContractError
-from compax.printing import program_text
 from compax.program import Program
+from compax.program_text import program_text
 from compax.sources import join, unwrap
 from compax.transform import Context, Inputs, Pass, PassRecord, PassResult
 from compax.verify import verify

@@ -22,6 +22,7 @@ from compax.composites.normalization import find_normalizations
 from compax.composites.streams import Residual, find_streams
 from compax.composites.view import View
 from compax.errors import DeclarationError
+from compax.ir import Path
 from compax.raising import common_prefix
 from compax.selectors import Selector
 
@@ -31,6 +32,8 @@ AXIS_KINDS = (
     "batch", "sequence", "model", "heads", "groups", "head_size", "hidden", "experts", "vocabulary", "layers"
 )  # fmt: skip
 """Names of axes whose meaning is plain."""
+
+_WORDS = frozenset(AXIS_KINDS) | {"repeats", "value_size", "fused", "rows"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +124,30 @@ class Meaning:
     def dim_text(self, factors: Factors) -> str:
         """One dimension by the names of its axes: products with `*`, sums with `+`."""
         return self._labels.text(factors)
+
+    def parameter_words(self) -> dict[str, tuple[str, ...]]:
+        """For each parameter a word for each dimension: the kind of its axis, a product of them, or nothing.
+
+        Groups and their repeats are heads here.
+        """
+        dims = self.view.engine.dims
+        tagged = [(x.input, dims[x]) for x in self.view.normal.inputs]
+        return {
+            tag.path: tuple(map(self._labels.words, factors))
+            for tag, factors in tagged
+            if tag is not None and tag.kind == "parameter"
+        }
+
+    def owners(self) -> dict[Path, Composite]:
+        """For operations, by where they stand, the composite that they are part of, or a projection of."""
+        found: dict[Path, Composite] = {}
+        for composite in self.composites:
+            found |= {node.path: composite for node in composite.nodes}
+        for attention in self.of_kind(Attention):
+            operands = (attention.query, attention.key, attention.value)
+            for linear in self.view.projections(operands, attention.output):
+                found.setdefault(linear.node.path, attention)
+        return found
 
     def _open(self) -> Iterable[Question]:
         for attention in self.of_kind(Attention):
@@ -350,6 +377,14 @@ class _Labels:
     def text(self, factors: Factors) -> str:
         parts = [self.names.get(atom, f"({atom.size})") for atom in self.engine.atoms.expand(factors)]
         return "*".join(parts) or "1"
+
+    def words(self, factors: Factors) -> str:
+        """One dimension by kinds of axes alone, parts of an axis as the axis; nothing where no factor has a kind."""
+        found: dict[str, None] = {}
+        for atom in self.engine.atoms.expand(factors):
+            parts = [part for part in self.names.get(atom, "").partition("#")[0].split(".") if part != "part"]
+            found[parts[-1] if parts and parts[-1] in _WORDS else str(atom.size)] = None
+        return "" if all(map(str.isdigit, found)) else "*".join(found).replace("groups*repeats", "heads")
 
     def axes(self, declarations: Sequence[Declaration]) -> tuple[Axis, ...]:
         inputs: dict[Atom, None] = {}

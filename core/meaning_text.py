@@ -1,11 +1,11 @@
 """What a program means, as text: its composites, its axes, and what remains open."""
 
-import dataclasses
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from compax.printing import plural, ranges
+from compax.gathering import Line, gather
+from compax.printing import plural
 
 if TYPE_CHECKING:
     from compax.analysis.axes import Axis
@@ -13,23 +13,6 @@ if TYPE_CHECKING:
     from compax.program import Program
 
 _MOST_PLACES = 3
-
-
-@dataclasses.dataclass
-class _Gathered:
-    """Lines that differ in one number of their names."""
-
-    name: tuple[str, str]
-    numbers: list[int]
-    cells: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        before, after = self.name
-        if not self.numbers:
-            return before
-        shown = str(self.numbers[0]) if len(self.numbers) == 1 else f"{{{ranges(sorted(set(self.numbers)))}}}"
-        return f"{before}{shown}{after}"
 
 
 def composites_text(program: "Program", entry: str | None = None) -> str:
@@ -40,9 +23,9 @@ def composites_text(program: "Program", entry: str | None = None) -> str:
         DeclarationError: a declaration fits nothing in that entry.
     """
     meaning = program.meaning(entry)
-    rows = _gather((composite.name, (composite.kind, _facts(composite))) for composite in meaning.composites)
+    rows = _gathered([(composite.name, (composite.kind, _facts(composite))) for composite in meaning.composites])
     lines = [f"composites of {program.name} (found in its graph; nothing was rewritten)"]
-    lines += _table([(row.text, *row.cells) for row in rows]) or ["  none"]
+    lines += _table([(name, *cells) for name, cells in rows]) or ["  none"]
     counts: dict[str, int] = {}
     for composite in meaning.composites:
         counts[composite.kind] = counts.get(composite.kind, 0) + 1
@@ -64,16 +47,10 @@ def _questions(program: "Program", entry: str | None) -> list[str]:
     found = program.meaning(entry).questions
     if not found:
         return ["  open questions: none"]
-    rows = _gather((x.where, (x.what, _masked(x.remedy, x.where))) for x in found)
     lines = [f"  {plural(len(found), 'open question')}"]
-    for row in rows:
-        what, remedy = row.cells
-        lines += [f"    {row.text}: {what}", f"      {remedy.replace('{where}', row.text)}"]
+    for where, (what, remedy) in _gathered([(x.where, (x.what, x.remedy.replace(x.where, "{where}"))) for x in found]):
+        lines += [f"    {where}: {what}", f"      {remedy.replace('{where}', where)}"]
     return lines
-
-
-def _masked(text: str, name: str) -> str:
-    return text.replace(name, "{where}")
 
 
 def axes_text(program: "Program", entry: str | None = None) -> str:
@@ -84,9 +61,9 @@ def axes_text(program: "Program", entry: str | None = None) -> str:
         DeclarationError: a declaration fits nothing in that entry.
     """
     meaning = program.meaning(entry)
-    rows = _gather((axis.name, (str(axis.size), _places(axis), _fixed(axis))) for axis in meaning.axes)
+    rows = _gathered([(axis.name, (str(axis.size), _places(axis), _fixed(axis))) for axis in meaning.axes])
     lines = [f"axes of {program.name} (from its graph)"]
-    lines += _table([("axis", "size", "parameter.dimension", "fixed"), *((row.text, *row.cells) for row in rows)])
+    lines += _table([("axis", "size", "parameter.dimension", "fixed"), *((name, *cells) for name, cells in rows)])
     free = sum(not axis.fixed for axis in meaning.axes)
     lines.append(
         f"  {plural(len(meaning.axes), 'axis').replace('axiss', 'axes')}, {free} free to move or to lose indices"
@@ -102,9 +79,9 @@ def _places(axis: "Axis") -> str:
         for path, dims in axis.parameters.items()
         for dim in dims
     ]
-    rows = _gather((place, ()) for place in places)
-    shown = [row.text for row in rows[:_MOST_PLACES]]
-    more = [f"and {len(rows) - _MOST_PLACES} more"] if len(rows) > _MOST_PLACES else []
+    names = [name for name, _ in _gathered([(place, ()) for place in places])]
+    shown = names[:_MOST_PLACES]
+    more = [f"and {len(names) - _MOST_PLACES} more"] if len(names) > _MOST_PLACES else []
     return ", ".join([*shown, *more])
 
 
@@ -112,18 +89,10 @@ def _fixed(axis: "Axis") -> str:
     return "; ".join(axis.fixed[:2])
 
 
-def _gather(items: Iterable[tuple[str, tuple[str, ...]]]) -> list[_Gathered]:
-    """Items with those merged that differ in the first number of their names only; in order of the first of each."""
-    found: dict[Any, _Gathered] = {}
-    for name, cells in items:
-        match = re.search(r"(?<=\.)\d+(?=\.)", name)
-        if match is None:
-            found[name, cells] = _Gathered((name, ""), [], cells)
-            continue
-        parts = (name[: match.start()], name[match.end() :])
-        gathered = found.setdefault((parts, cells), _Gathered(parts, [], cells))
-        gathered.numbers.append(int(match[0]))
-    return list(found.values())
+def _gathered(items: Sequence[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:
+    """Names with cells, those merged that differ in numbers of their names only."""
+    groups = gather([Line(name, rest=cells) for name, cells in items])
+    return [(group.name, items[group.members[0]][1]) for group in groups]
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from compax import lowering, module, printing, raising
+from compax import lowering, module, program_text, raising
 from compax.analysis import coverage as covering
 from compax.analysis.axes import Axis
 from compax.capture import (
@@ -346,7 +346,7 @@ class Program:
         return module.to_module(self, entry)
 
     def __str__(self) -> str:
-        return printing.program_text(self)
+        return program_text.program_text(self)
 
     def check(self) -> None:
         """Raises `VerificationError` if a graph needs a parameter that the store lacks or holds in another shape."""

@@ -31,8 +31,8 @@ import numpy as np
 
 from compax.errors import CompaxError, PipelineError
 from compax.pipeline import Pipeline
-from compax.printing import program_text
 from compax.program import Program, capture
+from compax.program_text import program_text
 from compax.transform import Context, Inputs, Pass
 
 FORMAT = "compax reproducer 1"

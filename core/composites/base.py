@@ -35,8 +35,12 @@ class Composite:
     loops: tuple[int, ...]
 
     def facts(self) -> Mapping[str, str]:
-        """What there is to say of it, for a print."""
+        """All there is to say of it, by name."""
         return {}
+
+    def summary(self) -> tuple[str, ...]:
+        """The most important of it, in few words."""
+        return tuple(f"{name} {text}" for name, text in self.facts().items())
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -64,6 +68,10 @@ class Normalization(Composite):
     def facts(self) -> Mapping[str, str]:
         parts = [name for name, x in (("weight", self.weight), ("bias", self.bias)) if x is not None]
         return {"type": self.type, "affine": "+".join(parts) or "none", "epsilon": f"{self.epsilon:.3g}"}
+
+    def summary(self) -> tuple[str, ...]:
+        facts = self.facts()
+        return (f"{facts['type']}, {facts['affine']}",)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -96,6 +104,10 @@ class FeedForward(Composite):
 
     def facts(self) -> Mapping[str, str]:
         return {"form": "gated" if self.gated else "plain", "activation": self.activation}
+
+    def summary(self) -> tuple[str, ...]:
+        facts = self.facts()
+        return (f"{facts['form']}, {facts['activation']}, hidden {size_of(self.hidden)}",)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -263,6 +275,14 @@ class Attention(Composite):
             facts["score"] = self.score
         return facts
 
+    def summary(self) -> tuple[str, ...]:
+        facts = dict(self.facts())
+        del facts["scale"]
+        lines = [facts.pop("mask"), f"{facts.pop('heads')} heads of {facts.pop('head size')}"]
+        if self.rotation is not None:
+            facts["positions"] = f"rope {self.rotation.form} {self.rotation.size}"
+        return (*lines, *(text if name == "positions" else f"{name} {text}" for name, text in facts.items()))
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Experts(Composite):
@@ -298,3 +318,8 @@ class Experts(Composite):
         if self.capacity is not None:
             facts["capacity"] = str(self.capacity)
         return facts | {"inside": "gated" if self.gated else "plain", "activation": self.activation}
+
+    def summary(self) -> tuple[str, ...]:
+        facts = self.facts()
+        first = f"{facts['experts']} experts, {facts['router']}, {facts['form']}"
+        return (first, f"{facts['inside']}, {facts['activation']}, hidden {size_of(self.hidden)}")

@@ -9,7 +9,6 @@ import sys
 import textwrap
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,11 +17,11 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import compax
-import zoo
 from compax import ir
 from compax.experiments.benchmarks.bodies import BODIES, Body
 from compax.models import decoder
-from compax.printing import bytes_text, count_text, flops_text, format_text, graph_text, program_text, share_text
+from compax.printing import bytes_text, count_text, flops_text, format_text, graph_text, share_text
+from compax.program_text import program_text
 from small import program_of, run
 
 D = 8
@@ -78,172 +77,6 @@ def test_formats() -> None:
     assert format_text(jax.ShapeDtypeStruct((32, 8), jnp.bfloat16)) == "bf16[32,8]"
     assert format_text(run("quantize()", program_of()).params["embed.embedding"]) == "int8[12,8]"
     assert format_text(run("quantize(train=true)", program_of()).params["embed.embedding"]) == "simulated int8[12,8]"
-
-
-# -- Programs ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_small_program() -> None:
-    assert program_text(program_of()) == unindented(
-        """
-        program model(tokens: i32[2,4]) -> f32[2,4,12]                                256 parameters, 1.0 kB
-          embed     embedding  @embed.embedding  f32[12,8]
-          blocks.0  linear     @blocks.0.kernel  f32[8,8]   28.6%
-          blocks.1  linear     @blocks.1.kernel  f32[8,8]   28.6%
-          embed#2   linear     @embed.embedding  f32[12,8]  42.9%
-          and 4 parameters that no site consumes, 128 B
-          4 sites: 1 embedding, 3 linear; 3.6 kFLOPs a call (predicted)
-        """
-    )
-
-
-def test_what_passes_did() -> None:
-    program = run("quantize(at=blocks.*, activations=int8) | freeze(at=norm.*)", program_of())
-    text = [line for line in str(program).splitlines() if "compared" not in line]
-    assert text == unindented(
-        """
-        program model(tokens: i32[2,4]) -> f32[2,4,12]                                 256 parameters, 704 B
-          embed     embedding  @embed.embedding  f32[12,8]
-          blocks.0  linear     @blocks.0.kernel  int8[8,8]  28.6%  activations int8
-          blocks.1  linear     @blocks.1.kernel  int8[8,8]  28.6%  activations int8
-          embed#2   linear     @embed.embedding  f32[12,8]  42.9%
-          and 4 parameters that no site consumes, 128 B
-          4 sites: 1 embedding, 3 linear; 3.6 kFLOPs a call (predicted)
-          2 of 7 parameters frozen
-          1. quantize(at=blocks.*, activations=int8); 2 rewritten; 1.0 kB -> 704 B
-          2. freeze(at=norm.*); 2 rewritten
-        """
-    ).split("\n")
-
-
-def test_reasons_are_gathered() -> None:
-    program = run('quantize(at="**:linear")', program_of())
-    assert "     skipped embed#2: shared with embed, which is not selected" in str(program).splitlines()
-
-
-def test_many_reasons_are_shortened() -> None:
-    program = run("quantize(at=blocks.0.**) | quantize()", smollm2())
-    (line,) = [line for line in str(program).splitlines() if "already" in line]
-    assert line.startswith("     skipped blocks.0.attn.query, blocks.0.attn.key")
-    assert line.endswith("more: already int8")
-    assert 80 < len(line) <= 100
-
-
-def test_equal_layers_are_gathered() -> None:
-    text = str(smollm2())
-    assert len(text.splitlines()) == 14
-    assert "  blocks.{0..29}.mlp.down       linear     @blocks.{0..29}.mlp.down.kernel    f32[1536,576]" in text
-    assert "272 sites: 1 embedding, 211 linear, 60 matmul" in text
-
-
-def test_layers_that_differ_are_not_gathered() -> None:
-    program = compax.Pipeline.parse('quantize(at="**, !blocks.3.**, !blocks.7.mlp.up")')(
-        abstract_decoder("smollm2-135m")
-    )
-    text = str(program)
-    assert re.search(r"blocks\.\{0\.\.2,4\.\.6,8\.\.29\}\.mlp\.up +linear .* int8\[", text)
-    assert re.search(r"blocks\.\{3,7\}\.mlp\.up +linear .* f32\[", text)
-    assert re.search(r"blocks\.3\.mlp\.down +linear .* f32\[", text)
-
-
-def test_two_numbers_in_a_name() -> None:
-    params = {"stages": [{"blocks": [{"w": ones(D, D)} for _ in range(3)]} for _ in range(10)]}
-
-    def function(p: Any, x: jax.Array) -> jax.Array:
-        for stage in p["stages"]:
-            for block in stage["blocks"]:
-                x = x @ block["w"]
-        return x
-
-    text = str(compax.capture(function, params, ones(4, D)))
-    assert "  stages.{0..9}.blocks.{0..2}  linear  @stages.{0..9}.blocks.{0..2}.w  f32[8,8]   100%" in text
-
-
-def test_numbered_names_of_linen() -> None:
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x: jax.Array) -> jax.Array:
-            for _ in range(30):
-                x = nn.Dense(D)(x)
-            return x
-
-    x = ones(2, D)
-    text = str(compax.capture(Model(), x, variables=Model().init(jax.random.key(0), x)))
-    assert "  Dense_{0..29}  linear  @Dense_{0..29}.kernel  f32[8,8]   100%" in text
-
-
-def test_long_names_are_written_from_the_site_on() -> None:
-    params = {"a_very_long_name_of_a_module" * 2: {"kernel_of_the_module": ones(D, D), "bias": ones(D)}}
-    name = next(iter(params))
-
-    def function(p: Any, x: jax.Array) -> jax.Array:
-        return x @ p[name]["kernel_of_the_module"] + p[name]["bias"]
-
-    text = str(compax.capture(function, params, ones(4, D)))
-    assert f"  {name}  linear  @.kernel_of_the_module  f32[8,8]   100%" in text
-
-
-def test_several_parameters_of_one_site() -> None:
-    def function(p: Any, x: jax.Array) -> jax.Array:
-        return x @ jnp.concatenate([p["attn"]["q"], p["attn"]["k"]], 1)
-
-    text = str(compax.capture(function, {"attn": {name: ones(D, D) for name in "qk"}}, ones(4, D)))
-    lines = [line.split() for line in text.splitlines()[1:3]]
-    assert lines == [["attn", "linear", "@attn.q", "f32[8,8]", "100%"], ["@attn.k", "f32[8,8]"]]
-
-
-def test_loops_and_what_cannot_be_rewritten() -> None:
-    bodies = {body.name: body for body in BODIES}
-
-    def text_of(name: str) -> str:
-        return str(compax.capture(bodies[name].make(), *bodies[name].inputs()))
-
-    assert text_of("nested scans").splitlines()[1].endswith("x2 x3")
-    assert text_of("while_loop").splitlines()[1].endswith("in a loop of unknown length")
-    assert text_of("custom_vjp").splitlines()[2].startswith("    left as it is: inside custom_vjp_call")
-
-
-def test_entries_state_and_trees() -> None:
-    class Model(nnx.Module):
-        def __init__(self) -> None:
-            self.norm = nnx.BatchNorm(D, rngs=nnx.Rngs(0))
-
-        def __call__(self, batch: dict[str, jax.Array]) -> Any:
-            return {"y": self.norm(batch["x"]), "n": batch["y"]}
-
-    batch = {"x": ones(4, D), "y": ones(3)}
-    program = compax.capture(Model(), batch, mode="train").with_entry("eval", batch, mode="eval")
-    first = str(program).splitlines()[0]
-    assert first.startswith("program model.call(batch.x: f32[4,8], batch.y: f32[3]) -> (f32[3], f32[4,8])")
-    assert program_text(program, "eval").startswith("program model.eval(")
-    assert "  state: 2 arrays, 64 B" in str(program)
-    assert "  entries: call, eval" in str(program)
-    assert "  no sites" in str(program)
-
-
-def test_many_arrays_are_counted() -> None:
-    cache = {str(i): ones(2) for i in range(9)}
-    program = compax.capture(lambda p, x, cache: (x @ p, cache), ones(D, D), ones(4, D), cache)
-    assert str(program).startswith("program program(x: f32[4,8], cache: 9 arrays) -> 10 arrays")
-
-
-def test_lines_keep_within_the_width() -> None:
-    program = run("quantize(activations=int8)", smollm2())
-    for width in (60, 80, 100, 160):
-        lines = program_text(program, width=width).splitlines()
-        assert len(lines[0]) <= width
-        assert width < 100 or max(map(len, lines)) <= width
-
-
-@zoo.foreign_warnings
-@pytest.mark.parametrize("name", zoo.ENTRIES)
-def test_models_of_others(name: str) -> None:
-    model = zoo.load(name)
-    options = {} if model.variables is None else {"variables": model.variables}
-    program = compax.capture(model.module, *model.inputs, **options, **model.kwargs)
-    for text in (program_text(program), program_text(program, ops=True)):
-        assert "0x" not in text
-        assert " object at " not in text
 
 
 # -- Graphs -----------------------------------------------------------------------------------------------------------
@@ -351,7 +184,7 @@ def test_every_value_is_defined_before_it_is_read() -> None:
 
 SCRIPT = """
 import jax, jax.numpy as jnp, compax
-from compax.printing import program_text
+from compax.program_text import program_text
 def model(params, x, i):
     x = jax.nn.gelu(x @ params["b"]["w"]) + jax.random.uniform(jax.random.key(1), x.shape)
     return {"y": jax.checkpoint(jnp.sin)(x), "a": params["a"][i]}
