@@ -97,6 +97,7 @@ class Manifest:
         parameters: by path.
         state: by path.
         frozen: paths of frozen parameters.
+        declared: what a person said of the program, as the fields of each `Declaration` that are set.
         files: the files that hold the arrays, by path below their folder.
     """
 
@@ -108,6 +109,7 @@ class Manifest:
     parameters: Mapping[str, StoredValue]
     state: Mapping[str, StoredValue]
     frozen: tuple[str, ...]
+    declared: tuple[Mapping[str, str], ...]
     files: Mapping[str, StoredFile]
 
     def to_json(self) -> str:
@@ -182,6 +184,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         parameters=values(content["parameters"]),
         state=values(content["state"]),
         frozen=tuple(content["frozen"]),
+        declared=tuple(content.get("declared", ())),
         files={name: StoredFile(int(file["nbytes"]), int(file["crc32"])) for name, file in content["files"].items()},
     )
 

@@ -10,12 +10,13 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from compax.analysis.atoms import Atom, Factors
+from compax.analysis.atoms import Factors
 from compax.analysis.axes import Axis
 from compax.analysis.normal import Node, Val
+from compax.axis_names import AXIS_KINDS, AxisNames
 from compax.capture import Captured
 from compax.composites.attention import find_attentions
-from compax.composites.base import Attention, Composite, Experts, FeedForward, Mask
+from compax.composites.base import Attention, Composite, Mask
 from compax.composites.experts import find_experts
 from compax.composites.feed_forward import find_feed_forwards
 from compax.composites.normalization import find_normalizations
@@ -27,13 +28,6 @@ from compax.raising import common_prefix
 from compax.selectors import Selector
 
 AnyComposite = TypeVar("AnyComposite", bound=Composite)
-
-AXIS_KINDS = (
-    "batch", "sequence", "model", "heads", "groups", "head_size", "hidden", "experts", "vocabulary", "layers"
-)  # fmt: skip
-"""Names of axes whose meaning is plain."""
-
-_WORDS = frozenset(AXIS_KINDS) | {"repeats", "value_size", "fused", "rows"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +90,9 @@ class Meaning:
         inside |= {node for composite in found for node in composite.nodes}
         self.streams: list[tuple[Residual, ...]] = find_streams(self.view, normalizations, inside)
         self.composites: tuple[Composite, ...] = _declared(_named(self.view, found), declarations)
-        self._labels = _Labels(self)
-        self.axes: tuple[Axis, ...] = self._labels.axes(declarations)
-        self._by_atom = {axis.atom: axis for axis in self.axes}
+        self._annotations = captured.entry.source.annotations()
+        self._names = AxisNames(self.view, self.composites, self._annotations)
+        self.axes: tuple[Axis, ...] = _declared_axes(self._names.axes(), declarations)
         self.questions: tuple[Question, ...] = tuple(self._open())
 
     def of_kind(self, kind: type[AnyComposite]) -> list[AnyComposite]:
@@ -123,7 +117,7 @@ class Meaning:
 
     def dim_text(self, factors: Factors) -> str:
         """One dimension by the names of its axes: products with `*`, sums with `+`."""
-        return self._labels.text(factors)
+        return self._names.text(factors)
 
     def parameter_words(self) -> dict[str, tuple[str, ...]]:
         """For each parameter a word for each dimension: the kind of its axis, a product of them, or nothing.
@@ -133,7 +127,7 @@ class Meaning:
         dims = self.view.engine.dims
         tagged = [(x.input, dims[x]) for x in self.view.normal.inputs]
         return {
-            tag.path: tuple(map(self._labels.words, factors))
+            tag.path: tuple(map(self._names.words, factors))
             for tag, factors in tagged
             if tag is not None and tag.kind == "parameter"
         }
@@ -177,6 +171,23 @@ class Meaning:
                 f"{conflict.operation} takes dimensions apart in two ways: {conflict.reason}",
                 "its axes stay fixed",
             )
+        for x in self.view.normal.inputs:
+            names = self._annotations.get(x.input.path, ()) if x.input and x.input.kind == "parameter" else ()
+            if names and len(names) != len(x.shape):
+                yield Question(
+                    x.input.path if x.input else "",
+                    f"its partitioning metadata names {len(names)} dimensions, and it has {len(x.shape)}",
+                    "correct the metadata in the model; the graph decides here",
+                )
+        for axis in self.axes:
+            if len(axis.annotated) > 1:
+                places = self._names.annotated[axis.atom]
+                listed = ", ".join(f"'{name}' at {place}" for name, place in places.items())
+                yield Question(
+                    axis.name,
+                    f"its graph makes one axis of what partitioning metadata calls {listed}",
+                    "correct the metadata if these are logical names; the graph decides here",
+                )
         for name, count in self.view.engine.frozen.items():
             yield Question(
                 name,
@@ -260,145 +271,6 @@ def _parsed(text: str, before: Mask) -> Mask:
             declared, padding=before.padding, offset=before.offset, position=before.position, by_keys=before.by_keys
         )
     raise DeclarationError(f"mask='{text}': write 'full', 'causal' or 'window N' with the number of keys that are seen")
-
-
-# -- Names of axes ----------------------------------------------------------------------------------------------------
-
-
-class _Labels:
-    """Names of atoms, from the composites that they belong to."""
-
-    def __init__(self, meaning: Meaning):
-        self.meaning = meaning
-        self.view = meaning.view
-        self.engine = meaning.view.engine
-        self.names: dict[Atom, str] = {}
-        self.taken: collections.Counter[str] = collections.Counter()
-        self.parameters = self._parameters()
-        self._from_composites()
-        self._from_tables()
-        self._from_loops()
-        self._from_places()
-
-    def _parameters(self) -> dict[Atom, dict[str, list[int]]]:
-        """For each leaf the parameters and their dimensions in which it occurs."""
-        result: dict[Atom, dict[str, list[int]]] = {}
-        for x in self.view.normal.inputs:
-            assert x.input is not None
-            if x.input.kind == "parameter":
-                for dim, factors in enumerate(self.engine.dims[x]):
-                    for atom in self.engine.atoms.leaves(factors):
-                        result.setdefault(atom, {}).setdefault(x.input.path, []).append(dim)
-        return result
-
-    def _from_composites(self) -> None:
-        model: list[tuple[Factors, str]] = []
-        for composite in self.meaning.composites:
-            if isinstance(composite, FeedForward):
-                self.put(composite.hidden, f"{composite.name}.hidden")
-                model.append((self.view.contracted(self.view.linears[composite.up]), composite.name))
-            elif isinstance(composite, Experts):
-                self.put(composite.experts, f"{composite.name}.experts")
-                self.put(composite.hidden, f"{composite.name}.hidden")
-                model.append((self.view.contracted(self.view.linears[composite.router]), composite.name))
-            elif isinstance(composite, Attention):
-                grouped = bool(composite.repeats)
-                self.put(composite.groups, f"{composite.name}.{'groups' if grouped else 'heads'}")
-                self.put(composite.repeats, f"{composite.name}.{'repeats' if composite.groups else 'heads'}")
-                self.put(composite.head_size, f"{composite.name}.head_size")
-                self.put(composite.value_size, f"{composite.name}.value_size")
-                for x in (composite.query, composite.key):
-                    model += [(self.view.contracted(linear), composite.name) for linear in self.view.sources(x)]
-        self.shared([(factors, "model", name) for factors, name in model])
-        attentions = self.meaning.of_kind(Attention)
-        self.shared([(attention.batch, "batch", attention.name) for attention in attentions])
-        positions = [(a.queries, "sequence", a.name) for a in attentions]
-        self.shared(positions + [(a.keys, "sequence", a.name) for a in attentions])
-
-    def _from_tables(self) -> None:
-        """Tables whose rows are picked by an argument: vocabularies, learned positions."""
-        tables: list[tuple[int, Factors, str]] = []
-        for node in self.view.normal.nodes_named("gather"):
-            table = node.inputs[0]
-            paths = self.view.parameters(table) if not table.static else ()
-            if len(table.shape) >= 2 and paths:
-                dims = node.attributes["dimension_numbers"].collapsed_slice_dims
-                tables += [(table.shape[dim], self.view.factors(table, dim), paths[0]) for dim in dims]
-        tables.sort(key=lambda item: -item[0])
-        for position, (_, factors, path) in enumerate(tables):
-            self.put(factors, "vocabulary" if position == 0 else f"{path.rpartition('.')[0] or path}.rows")
-
-    def _from_loops(self) -> None:
-        turns = self.engine.loops
-        for factors in turns:
-            owners = sorted({path for atom in factors for path in self.parameters.get(atom, ())})
-            prefix = common_prefix([path.rpartition(".")[0] for path in owners]) if len(turns) > 1 else ""
-            self.put(factors, f"{prefix}.layers" if prefix else "layers")
-
-    def _from_places(self) -> None:
-        """What has no better name is called after the first parameter or argument that it occurs in."""
-        for x in self.view.normal.inputs:
-            assert x.input is not None
-            for dim, factors in enumerate(self.engine.dims[x]):
-                for atom in self.engine.atoms.expand(factors):
-                    if atom not in self.names:
-                        named = [self.names[part] for part in self.engine.atoms.leaves((atom,)) if part in self.names]
-                        owner = common_prefix(named) if atom.segments else ""
-                        self.put((atom,), f"{owner}.fused" if owner else f"{x.input.path}.{dim}")
-
-    def shared(self, found: Sequence[tuple[Factors, str, str]]) -> None:
-        """Names of axes that several composites share: plain if there is one, with a prefix if there are more."""
-        owners: dict[Atom, list[str]] = {}
-        words: dict[Atom, str] = {}
-        for factors, word, owner in found:
-            for atom in factors:
-                if atom not in self.names:
-                    owners.setdefault(atom, []).append(owner)
-                    words[atom] = word
-        kinds = collections.Counter(words.values())
-        for atom, names in owners.items():
-            prefix = common_prefix(names) if kinds[words[atom]] > 1 else ""
-            self.put((atom,), f"{prefix}.{words[atom]}" if prefix else words[atom])
-
-    def put(self, factors: Factors, name: str) -> None:
-        """Names atoms; several factors of one dimension are numbered, so are parts of a sum."""
-        factors = self.engine.atoms.expand(factors)
-        for atom in factors:
-            if atom in self.names or atom.table:
-                continue
-            self.taken[name] += 1
-            own = name if self.taken[name] == 1 else f"{name}#{self.taken[name]}"
-            self.names[atom] = own
-            for segment in dict.fromkeys(atom.segments):
-                for part in self.engine.atoms.expand(segment):
-                    if part not in self.names and not part.table:
-                        self.put((part,), f"{own}.part")
-
-    def text(self, factors: Factors) -> str:
-        parts = [self.names.get(atom, f"({atom.size})") for atom in self.engine.atoms.expand(factors)]
-        return "*".join(parts) or "1"
-
-    def words(self, factors: Factors) -> str:
-        """One dimension by kinds of axes alone, parts of an axis as the axis; nothing where no factor has a kind."""
-        found: dict[str, None] = {}
-        for atom in self.engine.atoms.expand(factors):
-            parts = [part for part in self.names.get(atom, "").partition("#")[0].split(".") if part != "part"]
-            found[parts[-1] if parts and parts[-1] in _WORDS else str(atom.size)] = None
-        return "" if all(map(str.isdigit, found)) else "*".join(found).replace("groups*repeats", "heads")
-
-    def axes(self, declarations: Sequence[Declaration]) -> tuple[Axis, ...]:
-        inputs: dict[Atom, None] = {}
-        for x in self.view.normal.inputs:
-            for factors in self.engine.dims[x]:
-                inputs.update(dict.fromkeys(self.engine.atoms.leaves(factors)))
-        for atom in inputs:
-            if atom not in self.names:
-                self.put((atom,), "axis")
-        result = []
-        for atom in inputs:
-            parameters = {path: tuple(dims) for path, dims in self.parameters.get(atom, {}).items()}
-            result.append(Axis(self.names[atom], atom.size, atom, parameters, tuple(atom.reasons)))
-        return _declared_axes(result, declarations)
 
 
 def _declared_axes(axes: Sequence[Axis], declarations: Sequence[Declaration]) -> tuple[Axis, ...]:

@@ -54,16 +54,19 @@ def _questions(program: "Program", entry: str | None) -> list[str]:
 
 
 def axes_text(program: "Program", entry: str | None = None) -> str:
-    """A line for each axis: its size, the parameters that have it, and why its indices must stay, if they must.
+    """A line for each axis: size, what the model's author calls it, parameters that have it, why its indices are fixed.
 
     Raises:
         SignatureError: there is no such entry.
         DeclarationError: a declaration fits nothing in that entry.
     """
     meaning = program.meaning(entry)
-    rows = _gathered([(axis.name, (str(axis.size), _places(axis), _fixed(axis))) for axis in meaning.axes])
-    lines = [f"axes of {program.name} (from its graph)"]
-    lines += _table([("axis", "size", "parameter.dimension", "fixed"), *((name, *cells) for name, cells in rows)])
+    cells = [(x.name, (str(x.size), ", ".join(x.annotated), _places(x), _fixed(x))) for x in meaning.axes]
+    rows = [("axis", "size", "annotated", "parameter.dimension", "fixed")]
+    rows += [(name, *rest) for name, rest in _gathered(cells)]
+    if not any(axis.annotated for axis in meaning.axes):
+        rows = [(*row[:2], *row[3:]) for row in rows]
+    lines = [f"axes of {program.name} (from its graph)", *_table(rows)]
     free = sum(not axis.fixed for axis in meaning.axes)
     lines.append(
         f"  {plural(len(meaning.axes), 'axis').replace('axiss', 'axes')}, {free} free to move or to lose indices"

@@ -20,6 +20,8 @@ Arrays = dict[str, Any]
 CallResult = tuple[Any, Arrays, dict[str, Any]]
 """Output, changed state by path, pytrees that first appear in the call by path."""
 
+Annotations = dict[str, tuple[str | None, ...]]
+
 
 def join(path: Sequence[Any]) -> str:
     """A path of keys as `blocks.0.mlp.up.kernel`."""
@@ -50,6 +52,10 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def call(self, params: Arrays, state: Arrays, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallResult:
         """Runs the model once, purely; a parameter that the model assigns again is among the changes."""
+
+    def annotations(self) -> Annotations:
+        """Names that the model's author gave to dimensions of parameters (Flax partitioning metadata), by path."""
+        return {}
 
     @abc.abstractmethod
     def variant(self, *, method: Any, mode: str | None, loss: Callable[..., Any] | None, mutable: Any) -> "Source":
@@ -97,6 +103,11 @@ class NnxSource(Source):
         rest = [(path, _fill(path, template, state)) for path, template in self.rest]
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat), nnx.from_flat_state(rest), copy=True)
 
+    def annotations(self) -> Annotations:
+        found = ((join(path), x.get_metadata()) for path, x in self.params if isinstance(x, nnx.Variable))
+        named = ((path, metadata.get("out_sharding") or metadata.get("sharding_names")) for path, metadata in found)
+        return {path: _dimension_names(names) for path, names in named if names}
+
     def variant(self, *, method: Any, mode: str | None, loss: Callable[..., Any] | None, mutable: Any) -> "NnxSource":
         model = self.restore(leaves(self.params), leaves(self.rest))
         return nnx_source(model, method=method, mode=mode, loss=loss)[0]
@@ -116,6 +127,11 @@ class NnxSource(Source):
             changed = sorted(held.keys() ^ before.keys())
             raise CaptureError(f"the call changes the structure of the variable that holds '{changed[0]}'")
         return output, {path: x for path, x in held.items() if x is not before[path]}, aux
+
+
+def _dimension_names(names: Iterable[Any]) -> tuple[str | None, ...]:
+    """Names of logical or mesh axes, several for one dimension joined."""
+    return tuple(name if name is None or isinstance(name, str) else "+".join(map(str, name)) or None for name in names)
 
 
 def _fill(path: Sequence[Any], template: Any, arrays: Arrays) -> Any:
@@ -174,6 +190,10 @@ class LinenSource(Source):
     method: str | Callable[..., Any] | None
     mutable: bool | str | Sequence[str]
     loss: Callable[..., Any] | None
+    names: Annotations
+
+    def annotations(self) -> Annotations:
+        return self.names
 
     def variant(self, *, method: Any, mode: str | None, loss: Callable[..., Any] | None, mutable: Any) -> "LinenSource":
         names = linen_arguments(self.module, method, loss)
@@ -220,10 +240,12 @@ def linen_source(
             "variables={'params': ...})"
         )
     flat = traverse_util.flatten_dict(_plain(variables))
+    boxed = traverse_util.flatten_dict(_plain(variables["params"], boxes=True))
+    annotations = {join(path): _dimension_names(x.names) for path, x in boxed.items() if isinstance(x, nn.Partitioned)}
     params = {path[1:]: x for path, x in flat.items() if path[0] == "params"}
     rest = {path: x for path, x in flat.items() if path[0] != "params"}
     names = linen_arguments(module, method, loss)
-    source = LinenSource(names, module, tuple(params), tuple(rest), method, mutable, loss)
+    source = LinenSource(names, module, tuple(params), tuple(rest), method, mutable, loss, annotations)
     return source, {join(p): x for p, x in params.items()}, {join(p): x for p, x in rest.items()}
 
 
@@ -236,11 +258,11 @@ def linen_arguments(
     return argument_names(method if callable(method) else getattr(type(module), method or "__call__"), 1)
 
 
-def _plain(tree: Any) -> Any:
-    """Mappings of any kind as dictionaries, boxed values (`nn.Partitioned`) unboxed."""
+def _plain(tree: Any, *, boxes: bool = False) -> Any:
+    """Mappings of any kind as dictionaries; boxed values (`nn.Partitioned`) unboxed, unless the boxes are wanted."""
     if isinstance(tree, Mapping):
-        return {str(key): _plain(value) for key, value in tree.items()}
-    return tree.unbox() if isinstance(tree, nn.meta.AxisMetadata) else tree
+        return {str(key): _plain(value, boxes=boxes) for key, value in tree.items()}
+    return tree.unbox() if isinstance(tree, nn.meta.AxisMetadata) and not boxes else tree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

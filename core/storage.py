@@ -46,6 +46,7 @@ from compax.manifest import (
     reason,
     replaced_by,
 )
+from compax.meaning import Declaration
 from compax.pipeline import Pipeline
 from compax.program import Program, capture
 
@@ -87,6 +88,7 @@ def save(program: Program, directory: StrPath, *, config: Any = None, overwrite:
         parameters={path: StoredValue.of(x) for path, x in program.params.items()},
         state={path: StoredValue.of(x) for path, x in program.state.items()},
         frozen=tuple(sorted(program.frozen)),
+        declared=tuple({k: v for k, v in dataclasses.asdict(x).items() if v is not None} for x in program.declared),
         files={},
     )
     manifest.to_json()  # fails, if at all, before anything is written
@@ -320,7 +322,9 @@ def _fill(source: Path, manifest: Manifest, program: Program, shardings: Mapping
         for group in _groups(wanted):
             arrays += _read(checkpointer, source, group)
     params, state = jax.tree.unflatten(jax.tree.structure((program.params, program.state)), arrays)
-    return program.replace(params=params, state=state, frozen=frozenset(manifest.frozen))
+    declared = tuple(Declaration(**fields) for fields in manifest.declared)
+    declared += tuple(x for x in program.declared if x not in declared)
+    return program.replace(params=params, state=state, frozen=frozenset(manifest.frozen), declared=declared)
 
 
 def _places(value: Any, sharding: Sharding | None) -> list[Sharding | None]:

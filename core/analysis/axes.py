@@ -386,6 +386,7 @@ class Axis:
         atom: what it is in the graph's `Engine`.
         parameters: for each parameter that has it, the dimensions in which it is.
         fixed: why its indices must stay where they are; empty if they may move or go.
+        annotated: what the model's author calls it in partitioning metadata of Flax, in order of first use.
     """
 
     name: str
@@ -393,3 +394,4 @@ class Axis:
     atom: Atom
     parameters: dict[str, tuple[int, ...]]
     fixed: tuple[str, ...]
+    annotated: tuple[str, ...] = ()

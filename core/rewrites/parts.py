@@ -164,6 +164,7 @@ class Part(_Virtual):
     outer: int = dataclasses.field(metadata={"static": True})
     sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     index: int = dataclasses.field(metadata={"static": True})
+    key: int = dataclasses.field(default=-1, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -184,6 +185,45 @@ class Part(_Virtual):
 
     def decode(self) -> jax.Array:
         return self.of(self.fused, self.axis)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sibling(_Virtual):
+    """A part of an array that another operand of the same operation, a `Part` with the same key, brings into a body."""
+
+    like: jax.ShapeDtypeStruct = dataclasses.field(metadata={"static": True})
+    index: int = dataclasses.field(metadata={"static": True})
+    key: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.like.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.like.dtype
+
+    def decode(self) -> jax.Array:
+        raise EncodingError("a part that is on its way into a body has no array of its own")
+
+
+def together(operands: Sequence[Any]) -> list[Any]:
+    """Operands of an operation with a body, with every fused array among them once."""
+    holders: dict[tuple[int, int], int] = {}
+    result = list(operands)
+    for i, x in enumerate(operands):
+        if isinstance(x, Part):
+            key = holders.setdefault((id(x.fused), x.axis), i)
+            apart = Sibling(jax.ShapeDtypeStruct(x.shape, x.dtype), x.index, key)
+            result[i] = dataclasses.replace(x, key=key) if key == i else apart
+    return result
+
+
+def reunited(inputs: Sequence[Any]) -> list[Any]:
+    """The inputs of a body that `together` gave the operands of: all parts again."""
+    holders = {x.key: x for x in inputs if isinstance(x, Part)}
+    return [dataclasses.replace(holders[x.key], index=x.index) if isinstance(x, Sibling) else x for x in inputs]
 
 
 def _apart(like: Parts, x: Any) -> list[Any]:

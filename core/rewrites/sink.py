@@ -22,7 +22,7 @@ from compax.composites.view import View, parameter_only
 from compax.encoding import Encoded
 from compax.errors import EncodingError, RewriteError
 from compax.program import Program
-from compax.rewrites.parts import Cut, Part, Parts, result_axis
+from compax.rewrites.parts import Cut, Part, Parts, result_axis, reunited, together
 
 
 def sink(program: Program, parameter: str) -> Program:
@@ -254,6 +254,10 @@ def _borders(readers: Sequence[Node], x: Val, dim: int, inner: int) -> list[int]
     return sorted(border // inner for border in found) if all(border % inner == 0 for border in found) else []
 
 
+_WITH_ONE_BODY = frozenset({"jit", "pjit", "remat", "remat2", "checkpoint", "scan"})
+"""Operations that hand all operands to one body, so that a fused array can enter it once."""
+
+
 class _Fusing(lowering.Evaluator):
     """Evaluates products of one value with all parts of a fused parameter as one product."""
 
@@ -261,10 +265,15 @@ class _Fusing(lowering.Evaluator):
         super().__init__()
         self.products: dict[Any, tuple[Any, Any]] = {}
 
+    def run(self, graph: ir.Graph, inputs: Sequence[Any]) -> list[Any]:
+        return super().run(graph, reunited(inputs))
+
     def _apply(self, op: ir.Op, operands: list[Any]) -> list[Any]:
         sides = [i for i, x in enumerate(operands) if isinstance(x, Part)]
         if not sides:
             return super()._apply(op, operands)
+        if op.name in _WITH_ONE_BODY:
+            return super()._apply(op, together(operands))
         (side, *_) = sides
         part = operands[side]
         if op.name == "transpose":

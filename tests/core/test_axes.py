@@ -5,12 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen, nnx
 
 import compax
 from compax.analysis.axes import Engine
 from compax.analysis.normal import Normal
 from compax.experiments.benchmarks import zoo
 from compax.meaning import Meaning
+from compax.meaning_text import axes_text
 
 foreign_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -295,3 +297,60 @@ def test_indices_of_experts_are_understood_and_indices_from_outside_fix_an_axis(
     assert dims["router"][1] == dims["bias"][0]
     assert not dims["router"][1][0].reasons
     assert any("addressed" in reason for reason in dims["table"][0][0].reasons)
+
+
+# -- What the model's author calls axes -------------------------------------------------------------------------------
+
+
+class Logical(linen.Module):
+    """Dense layers with logical names; `swapped` names the second kernel's dimensions the wrong way round."""
+
+    swapped: bool = False
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def dense(features: int, *names: str) -> linen.Dense:
+            init = linen.with_logical_partitioning(linen.initializers.lecun_normal(), names)
+            return linen.Dense(features, kernel_init=init, use_bias=False)
+
+        second = ("embed", "wide") if self.swapped else ("wide", "embed")
+        x = dense(8, "features", "embed")(x)
+        return dense(8, *second)(dense(12, "embed", "wide")(x))
+
+
+def logical(**options: Any) -> compax.Program:
+    model, x = Logical(**options), jnp.ones((2, 6))
+    return compax.capture(model, x, variables=model.init(jax.random.key(0), x))
+
+
+def test_an_axis_without_a_name_is_called_as_its_author_calls_it() -> None:
+    program = logical()
+    axes = {axis.name: axis for axis in program.axes()}
+    assert axes["features"].parameters == {"Dense_0.kernel": (0,)}
+    assert axes["wide"].parameters == {"Dense_1.kernel": (0,), "Dense_2.kernel": (1,)}
+    assert axes["wide"].annotated == ("wide",)
+    assert not program.meaning().questions
+    assert "annotated" in axes_text(program)
+
+
+def test_names_of_dimensions_of_several_sizes_are_no_names_of_axes() -> None:
+    """As those of a mesh are not."""
+    meaning = logical(swapped=True).meaning()
+    assert {axis.name: axis.annotated for axis in meaning.axes if axis.annotated} == {"features": ("features",)}
+    assert not meaning.questions
+
+
+def test_one_axis_with_two_logical_names_is_a_question() -> None:
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.a = nnx.Param(jnp.ones((4, 6)), out_sharding=("x", "wide"), eager_sharding=False)
+            self.b = nnx.Param(jnp.ones((6, 4)), out_sharding=("narrow", "y"), eager_sharding=False)
+            self.c = nnx.Param(jnp.ones((4, 4)), out_sharding=(("data", "model"),), eager_sharding=False)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return jnp.tanh(x @ self.a) @ self.b @ self.c
+
+    questions = compax.capture(Model(), jnp.ones((3, 4))).meaning().questions
+    (metadata, wide) = sorted(questions, key=lambda question: question.where)
+    assert "names 1 dimensions, and it has 2" in metadata.what
+    assert "'wide' at a.1, 'narrow' at b.0" in wide.what

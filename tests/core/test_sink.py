@@ -1,5 +1,6 @@
 """Fused products taken apart and put together again."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import compax
 from compax import lowering
 from compax.errors import RewriteError
 from compax.experiments.benchmarks import zoo
+from compax.models import decoder
 from compax.rewrites.sink import fuse, sink
 
 foreign_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -155,3 +158,22 @@ def test_what_is_frozen_stays_frozen_apart_and_together() -> None:
     assert fuse(apart, ["w.0", "w.1"], "w").frozen == {"w"}
     with pytest.raises(RewriteError, match=r"only w\.0 are frozen"):
         fuse(apart.replace(frozen=frozenset({"w.0"})), ["w.0", "w.1"], "w")
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_parts_in_a_scan_become_one_product_of_its_body(remat: bool) -> None:
+    """Also below `jit` and `remat` in that body; values and gradients stay."""
+    config = dataclasses.replace(decoder.SIZES["tiny"], scan=True, remat=remat)
+    inputs = decoder.example_inputs(config, sequence=8)
+    program = compax.capture(decoder.Decoder(config, rngs=nnx.Rngs(0)), *inputs)
+    parts = ["blocks.mlp.gate.kernel", "blocks.mlp.up.kernel"]
+    fused = fuse(program, parts, "blocks.mlp.gate_up")
+    assert not set(parts) & fused.params.keys()
+    assert (products(program), products(fused)) == (8, 7)
+    np.testing.assert_allclose(fused(*inputs), program(*inputs), rtol=1e-5, atol=1e-5)
+
+    def loss(program: compax.Program) -> Any:
+        return jax.grad(lambda params: (program.apply(params, program.state, *inputs)[0] ** 2).mean())(program.params)
+
+    whole, apart = loss(fused)["blocks.mlp.gate_up"], loss(program)
+    np.testing.assert_allclose(whole, np.concatenate([apart[path] for path in parts], -1), rtol=1e-4, atol=1e-6)

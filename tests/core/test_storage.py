@@ -93,6 +93,16 @@ def test_frozen_parameters_stay_frozen(tmp_path: Path, program: Program) -> None
     assert_same(load(tmp_path / "hand", Network(), rows(), mode="train"), by_hand)
 
 
+def test_what_a_person_declared_comes_back(tmp_path: Path, program: Program) -> None:
+    axis = program.axes()[0].name
+    declared = program.declare(axis=axis, kind="fixed")
+    save(declared, tmp_path / "declared")
+    loaded = load(tmp_path / "declared", Network(seed=1), rows(), mode="train")
+    assert loaded.declared == declared.declared
+    assert "declared fixed" in loaded.meaning().axis(axis).fixed
+    assert load(tmp_path / "declared", declared).declared == declared.declared
+
+
 def test_several_passes_are_replayed_in_order(tmp_path: Path, program: Program) -> None:
     pipeline = "quantize(at=blocks.0.**) | quantize(at=blocks.1.**, train=true) | freeze(at=scale)"
     transformed = Pipeline.parse(pipeline)(program)
