@@ -166,7 +166,7 @@ def _composite_box(program: "Program", composite: Composite, share: float) -> _B
     kind = composite.kind
     return _Box(
         kind,
-        f"{_last(composite.name)} · {kind.replace('_', ' ')}",
+        _title(composite.name, kind),
         lines,
         "\n".join([f"{composite.name} ({kind})", *described, *composite.parameters]),
         (kind, _masked(composite.name), *lines),
@@ -179,8 +179,23 @@ def _composite_box(program: "Program", composite: Composite, share: float) -> _B
 def _site_box(program: "Program", site: "Site", share: float) -> _Box:
     uses = [f"{_last(use.parameter)} {printing.format_text(program.params[use.parameter])}" for use in site.uses]
     tooltip = "\n".join([f"{site.name} ({site.kind})", *(use.parameter for use in site.uses)])
-    title = site.kind if _last(site.name).startswith(site.kind) else f"{_last(site.name)} · {site.kind}"
-    return _Box(site.kind, title, tuple(uses), tooltip, (site.kind, _masked(site.name), *uses), share=share)
+    return _Box(
+        site.kind,
+        _title(site.name, site.kind),
+        tuple(uses),
+        tooltip,
+        (site.kind, _masked(site.name), *uses),
+        share=share,
+    )
+
+
+def _title(name: str, kind: str) -> str:
+    """The last part of a name that says more than the kind, and the kind."""
+    parts = name.split(".")
+    while parts and parts[-1].partition("#")[0] == kind:
+        parts.pop()
+    word = kind.replace("_", " ")
+    return f"{_last('.'.join(parts))} · {word}" if parts else word
 
 
 def _last(name: str) -> str:

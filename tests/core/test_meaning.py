@@ -68,6 +68,21 @@ def test_a_residual_stream_has_an_addition_for_each_part() -> None:
     assert len(stream) == 4
 
 
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_stream_goes_on_through_activations_and_projections(mode: Any) -> None:
+    """A ResNet's: relu after each addition, a strided convolution in place of the identity where the size changes."""
+    (stream,) = zoo.build("flax_resnet", mode=mode).capture().meaning().streams
+    assert len(stream) == 3
+
+
+def test_two_products_of_one_value_are_no_stream() -> None:
+    def model(params: Any, x: jax.Array) -> jax.Array:
+        return x @ params["a"] + jnp.tanh(x @ params["b"])
+
+    params = {name: jnp.ones((4, 4)) for name in "ab"}
+    assert not compax.capture(model, params, jnp.ones((2, 4))).meaning().streams
+
+
 def test_a_mask_that_is_an_argument_is_asked_for_and_can_be_declared() -> None:
     def model(params: Any, x: jax.Array, mask: jax.Array) -> jax.Array:
         q, k, v = (x @ params[name] for name in "qkv")
