@@ -156,17 +156,18 @@ def _items(program: "Program", meaning: "Meaning | None", sites: "Sequence[Site]
     placed: list[tuple[Path, _Item]] = []
     heads: dict[Composite, _Item] = {}
     for composite in () if meaning is None else meaning.composites:
-        loops = [f"x{length}" for length in composite.loops if length]
         head = heads[composite] = _Item(composite.name, composite.kind, summary=", ".join(composite.summary()))
-        head.notes = tuple([" ".join(loops)] if loops else [])
+        head.notes = tuple(_loops(composite.loops))
         assert composite.output.node is not None
         paths = [path for path, owner in owners.items() if owner is composite and path in order]
         placed.append((min(paths, default=composite.output.node.path), head))
     for site in sites:
         uses = tuple(_use(program, use.parameter, words.get(use.parameter, ())) for use in site.uses)
-        notes = tuple(_notes(program, site))
-        item = _Item(site.name, site.kind, site.flops, None, uses, notes, site.opaque)
         owner = owners.get(site.path)
+        notes = [*_notes(program, site)]
+        if owner is None or owner.loops != site.loops:
+            notes += _loops(site.loops)
+        item = _Item(site.name, site.kind, site.flops, None, uses, tuple(notes), site.opaque)
         if owner is None:
             placed.append((site.path, item))
         else:
@@ -192,12 +193,16 @@ def _notes(program: "Program", site: "Site") -> Iterator[str]:
                 yield key
             elif isinstance(value, str):
                 yield f"{key} {value}"
-    if any(site.loops):
-        yield " ".join(f"x{length}" for length in site.loops if length)
-    if 0 in site.loops:
-        yield "in a loop of unknown length"
     if site.uses and all(use.parameter in program.frozen for use in site.uses):
         yield "frozen"
+
+
+def _loops(lengths: Sequence[int]) -> Iterator[str]:
+    """The loops around something: how often it runs."""
+    if any(lengths):
+        yield " ".join(f"x{length}" for length in lengths if length)
+    if 0 in lengths:
+        yield "in a loop of unknown length"
 
 
 def _rows(items: list[_Item]) -> list[_Row]:
