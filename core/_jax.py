@@ -156,6 +156,11 @@ def convolve(lhs: Array, rhs: Array, *, preferred_element_type: Any, **attribute
     return jax.lax.conv_general_dilated_p.bind(lhs, rhs, preferred_element_type=preferred_element_type, **attributes)
 
 
+def name_stack(equation: Equation | None) -> str:
+    """The scopes that an equation was traced in, outermost first, with the transformations that it went through."""
+    return "" if equation is None else str(equation.source_info.name_stack)
+
+
 def source_text(equation: Equation) -> str:
     """Where the model's code asked for an equation: `file.py:12:4 (function)`."""
     return _source_info.summarize(equation.source_info)
