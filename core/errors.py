@@ -71,3 +71,23 @@ class ConfigError(CompaxError, ValueError):
 
 class DataError(CompaxError, ValueError):
     """Training data cannot be found or read."""
+
+
+class TargetError(CompaxError, ValueError):
+    """A target names a chip, a slice or a unit that does not exist, or what is asked of it has no figure."""
+
+
+class MetricError(CompaxError, ValueError):
+    """Figures from which a metric cannot be computed."""
+
+
+class ShardingError(CompaxError, ValueError):
+    """A mesh or a sharding does not fit the devices, the parameters or the batch."""
+
+
+class CompileError(CompaxError):
+    """A program cannot be compiled for a slice: no compiler, a failing one, or one that was killed."""
+
+
+class MemoryLimitError(CompileError):
+    """A program needs more memory than a chip of its target has."""
