@@ -28,8 +28,10 @@ from compax.errors import CaptureError, DeclarationError, SignatureError, Verifi
 from compax.sources import Arrays
 
 if TYPE_CHECKING:
+    from compax.analysis.cost import Cost
     from compax.drawing import Drawing
     from compax.meaning import Declaration, Meaning
+    from compax.target import Target
     from compax.transform import PassRecord
 
 GraphKey = tuple[str, Signature]
@@ -337,6 +339,12 @@ class Program:
         """What share of the work and of the parameters is in composites, and what is unpacked on the way."""
         return covering.coverage(self, entry)
 
+    def cost(self, target: "Target | str | None" = None, entry: str | None = None) -> "Cost":
+        """What one call of an entry computes and moves as it is lowered, and the least time it takes on a target."""
+        from compax.analysis.program_cost import program_cost
+
+        return program_cost(self, target, entry)
+
     def to_module(self, entry: str | None = None) -> module.ProgramModule:
         """An `nnx.Module` that runs an entry, for `nnx.Optimizer`, `nnx.jit` and what else takes modules.
 
@@ -424,18 +432,7 @@ class _Skeleton:
 
 def _unflatten(skeleton: _Skeleton, children: tuple[Arrays, Arrays]) -> Program:
     params, state = children
-    return Program(
-        params=params,
-        state=state,
-        graphs=skeleton.graphs,
-        entries=skeleton.entries,
-        frozen=skeleton.frozen,
-        history=skeleton.history,
-        name=skeleton.name,
-        declared=skeleton.declared,
-        origin=skeleton.origin,
-        memo=skeleton.memo,
-    )
+    return Program(params=params, state=state, **vars(skeleton))
 
 
 jax.tree_util.register_pytree_node(Program, _flatten, _unflatten)
