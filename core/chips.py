@@ -131,7 +131,7 @@ class Chip:
 
 
 def _rebuild(fields: dict[str, Any]) -> Chip:
-    frozen = {name: MappingProxyType(fields[name]) for name in ("flops", "sources")}
+    frozen: dict[str, Any] = {name: MappingProxyType(fields[name]) for name in ("flops", "sources")}
     return Chip(**{**fields, **frozen})
 
 
