@@ -1,7 +1,8 @@
 """The passes. Importing this registers them; each line below is one pass."""
 
 from compax.passes.cast import Cast
+from compax.passes.flash import Flash
 from compax.passes.freeze import Freeze
 from compax.passes.quantize import Quantize
 
-__all__ = ["Cast", "Freeze", "Quantize"]
+__all__ = ["Cast", "Flash", "Freeze", "Quantize"]

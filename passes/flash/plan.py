@@ -1,0 +1,185 @@
+"""From a recognized attention to what a kernel has to know of it, or to the reason why none can compute it."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compax.analysis.atoms import Factors, size_of
+from compax.analysis.normal import Val
+from compax.composites.base import Attention, Mask
+from compax.composites.layout import arrange
+from compax.composites.view import View
+from compax.passes.flash import gpu, splash
+from compax.passes.flash.spec import Kernel, Pattern, Spec, Spread
+
+KERNELS: dict[str, tuple[Kernel, ...]] = {
+    "tpu": ("splash",),
+    "gpu": ("cudnn", "pallas"),
+    "cpu": ("plain",),
+}
+"""What `auto` tries on each platform, best first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a person asked for.
+
+    Attributes:
+        kernels: which implementations may be used, best first.
+        block_q: how many queries are computed together, or what suits the kernel.
+        block_k: the same of keys.
+        interpret: whether Pallas kernels are interpreted.
+    """
+
+    kernels: tuple[Kernel, ...]
+    block_q: int | None
+    block_k: int | None
+    interpret: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Planned:
+    """How an attention is computed.
+
+    Attributes:
+        spec: for the kernel.
+        operands: queries, keys and values.
+        others: masks and biases, in the order that the spec says.
+    """
+
+    spec: Spec
+    operands: tuple[Val, Val, Val]
+    others: tuple[Val, ...]
+
+
+def plan(view: View, attention: Attention, options: Options) -> Planned | str:
+    """How an attention is computed, or why none of the kernels can."""
+    if reason := _unknown(attention):
+        return reason
+    layout = arrange(view, attention)
+    if layout is None:
+        return "its axes do not tell how its operands are arranged"
+    if layout.output.dropped:
+        return "its result repeats along a dimension"
+    mask = attention.mask
+    spread = {x: _spread(view, attention, x) for x in (*mask.padding, *mask.given, *attention.bias)}
+    for x, found in spread.items():
+        if found is None:
+            return f"{_name(x)} has a dimension that is none of the attention's"
+    given = [[found for x in values if (found := spread[x])] for values in (mask.padding, mask.given, attention.bias)]
+    padding, pairs, bias = map(tuple, given)
+    spec = Spec(
+        kernel=options.kernels[0],
+        layout=layout,
+        pattern=_pattern(mask),
+        scale=_scale(attention),
+        softcap=attention.softcap,
+        padding=padding,
+        given=pairs,
+        bias=bias,
+        query_dtype=str(_dtype(attention.qk.op.inputs)),
+        value_dtype=str(_dtype(attention.pv.op.inputs[attention.value_side :][:1])),
+        block_q=options.block_q,
+        block_k=options.block_k,
+        interpret=options.interpret,
+    )
+    reasons: list[str] = []
+    for kernel in options.kernels:
+        wanted = dataclasses.replace(spec, kernel=kernel)
+        reason = _DECLINES[kernel](wanted)
+        if not reason:
+            return Planned(
+                wanted,
+                (attention.query, attention.key, attention.value),
+                (*mask.padding, *mask.given, *attention.bias),
+            )
+        reasons.append(f"{kernel}: {reason}")
+    if "plain" not in options.kernels:
+        reasons.append("flash(implementation=plain) computes it in blocks on any platform")
+    return "; ".join(reasons)
+
+
+def _nothing(spec: Spec) -> str:
+    """The plain form takes everything."""
+    return ""
+
+
+_DECLINES = {"plain": _nothing, "splash": splash.why_not, "cudnn": gpu.why_not_cudnn, "pallas": gpu.why_not_pallas}
+
+
+def _unknown(attention: Attention) -> str:
+    """What is not known of an attention, or known and computed by no kernel."""
+    mask = attention.mask
+    if attention.dropout is not None:
+        return f"a share of {attention.dropout:g} of its weights is dropped at random; no kernel here draws the same"
+    if attention.score != "dot":
+        return "its scores are changed in a way that has no name"
+    if mask.unknown or mask.kind == "unknown":
+        return f"its mask is not known: {mask.unknown}; program.declare(at='{attention.name}', mask=...) says it"
+    if attention.cached:
+        return "its keys come out of a cache, of which a part is read"
+    if mask.position is not None:
+        return f"{_name(mask.position)} says where its queries stand; capture(..., constant=(...)) if it is always the same"
+    return ""
+
+
+def _pattern(mask: Mask) -> Pattern:
+    if mask.kind == "full":
+        return Pattern()
+    if mask.kind == "other":
+        assert mask.allowed is not None
+        return Pattern("other", packed=np.packbits(mask.allowed).tobytes())
+    if mask.kind == "chunked":
+        return Pattern("chunked", *mask.window, chunk=mask.chunk, offset=mask.offset)
+    return Pattern("band", *mask.window, offset=mask.offset)
+
+
+def _scale(attention: Attention) -> float:
+    """The scale; recognition evaluates it, and the usual one is known more exactly than that."""
+    usual = size_of(attention.head_size) ** -0.5
+    return usual if abs(attention.scale - usual) <= 1e-4 * usual else attention.scale
+
+
+def _dtype(operands: Sequence[object]) -> jnp.dtype:
+    return jnp.dtype(jnp.result_type(*(getattr(x, "dtype", None) for x in operands)))
+
+
+def _name(x: Val) -> str:
+    return f"'{x.input.path}'" if x.input is not None else "a value that is computed"
+
+
+def _spread(view: View, attention: Attention, x: Val) -> Spread | None:
+    """How a mask or a bias becomes [B, H, T, S]; among equal dimensions the last one is that of the keys."""
+    expand = view.engine.atoms.expand
+    heads = (*attention.groups, *attention.repeats)
+    slots = [expand(part) for part in (attention.batch, heads, attention.queries, attention.keys)]
+    taken: dict[int, int] = {}
+    for dim in reversed(range(len(x.shape))):
+        factors = view.factors(x, dim)
+        if not factors or x.shape[dim] == 1:
+            continue
+        fits = [slot for slot in (3, 2, 1, 0) if slot not in taken.values() and _fit(factors, slots[slot])]
+        if not fits:
+            return None
+        taken[dim] = fits[0]
+    kept = sorted(taken)
+    sizes = [1, 1, 1, 1]
+    for dim, slot in taken.items():
+        sizes[slot] = x.shape[dim]
+    batch, num_heads, queries, keys = sizes
+    order = tuple(sorted(range(len(kept)), key=lambda i: taken[kept[i]]))
+    return Spread(tuple(kept), order, (batch, num_heads, queries, keys))
+
+
+def _fit(one: Factors, other: Factors) -> bool:
+    """Whether a dimension is one of the attention's: as long, and of nothing that this one lacks."""
+    return size_of(one) == size_of(other) and all(atom in other for atom in one if not atom.table)
+
+
+def platform_of(target: object) -> str:
+    """The platform that a program is meant for: that of the target's chip, or where JAX runs."""
+    platform = getattr(getattr(target, "chip", None), "platform", None)
+    return platform if isinstance(platform, str) else jax.default_backend()

@@ -1,0 +1,144 @@
+"""Attention by the splash kernel of JAX for TPU.
+
+Blocks of which nothing is seen are left out, masks are computed inside of the kernel, heads of queries share keys
+without repeating them. Forward and backward are Pallas kernels; the output and its statistics carry `OUT_NAME`.
+
+JAX, `jax.experimental.pallas.ops.tpu.splash_attention`, as of jax 0.10.2.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from compax.passes.flash.spec import OUT_NAME, Pattern, Spec
+
+LANES = 128
+"""Sizes of blocks are multiples of the width of the vector registers."""
+BLOCK = 512
+"""Queries and keys of a block by default, if that divides the length."""
+MOST_WASTE = 1.25
+"""By how much padding to whole lanes may increase the number of pairs."""
+_FLOATS = ("float32", "bfloat16")
+
+
+def why_not(spec: Spec) -> str:
+    """Why the kernel cannot compute an attention, or an empty string."""
+    (num_queries, num_keys), (size, value_size) = spec.lengths, spec.sizes
+    if spec.bias:
+        return "its scores get a bias, which the kernel does not add"
+    if spec.given:
+        return "its mask is an argument for each pair of query and key; declare it, or capture it as a constant"
+    if spec.pattern.kind == "other":
+        return "its mask is a matrix without a rule"
+    if any(spread.shape[1:3] != (1, 1) for spread in spec.padding):
+        return "its padding differs between heads or queries"
+    if spec.may_see_nothing and not spec.padding:
+        return "some of its queries see no key"
+    if size != value_size:
+        return f"its heads are of size {size}, its values of size {value_size}"
+    if size % 8:
+        return f"heads of size {size}, which is no multiple of 8"
+    if spec.query_dtype != spec.value_dtype or spec.query_dtype not in _FLOATS:
+        return f"it computes in {spec.query_dtype} and {spec.value_dtype}; the kernel takes one of {', '.join(_FLOATS)}"
+    waste = _whole(num_queries) * _whole(num_keys) / (num_queries * num_keys)
+    if waste > MOST_WASTE:
+        return (
+            f"{num_queries} queries and {num_keys} keys fill whole blocks of {LANES} badly: {waste:.2f} times the pairs"
+        )
+    for name, block, length in (("block_q", spec.block_q, num_queries), ("block_k", spec.block_k, num_keys)):
+        if block is not None and (block % LANES or _whole(length) % block):
+            return f"{name}={block} is no multiple of {LANES} that divides {_whole(length)}"
+    return ""
+
+
+def attention(spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, present: jax.Array | None) -> jax.Array:
+    """Softmax attention by the kernel.
+
+    Args:
+        spec: what is known of it.
+        q: queries, [B, T, H, K].
+        k: keys, [B, S, G, K].
+        v: values, [B, S, G, V].
+        present: which keys are there, bool[B, S], or none.
+
+    Returns:
+        [B, T, H, V]; of a query that sees nothing anything finite.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    all_queries, all_keys = _whole(num_queries), _whole(num_keys)
+    q = (q * jnp.asarray(spec.scale, q.dtype)).transpose(0, 2, 1, 3)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, all_queries - num_queries), (0, 0)))
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, all_keys - num_keys), (0, 0))) for x in (k, v))
+    segments = None
+    if present is not None or all_keys > num_keys:
+        there = jnp.ones((q.shape[0], num_keys), jnp.int32) if present is None else present.astype(jnp.int32)
+        there = jnp.pad(there, ((0, 0), (0, all_keys - num_keys)))
+        segments = kernels.SegmentIds(jnp.ones((q.shape[0], all_queries), jnp.int32), there)
+    kernel = _kernel(
+        spec.pattern,
+        (all_queries, all_keys),
+        spec.heads[0],
+        (spec.block_q or _block(all_queries), spec.block_k or _block(all_keys)),
+        spec.softcap,
+        spec.interpret,
+    )
+    out = jax.vmap(kernel)(q, k, v, segments)
+    return out[:, :, :num_queries].transpose(0, 2, 1, 3)
+
+
+def _whole(length: int) -> int:
+    return -(-length // LANES) * LANES
+
+
+def _block(length: int) -> int:
+    """The largest block up to `BLOCK` that divides a length of whole lanes."""
+    return next(block for block in range(BLOCK, 0, -LANES) if length % block == 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel(
+    pattern: Pattern,
+    lengths: tuple[int, int],
+    num_heads: int,
+    blocks: tuple[int, int],
+    softcap: float | None,
+    interpret: bool,
+) -> Any:
+    """The kernel for a mask: which blocks are computed is laid out once."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    block_q, block_k = blocks
+    mask: Any
+    if pattern.kind == "full":
+        mask = masks.FullMask(lengths)
+    elif pattern.kind == "band":
+        window = tuple(None if reach < 0 else reach for reach in (pattern.before, pattern.after))
+        causal = window == (None, 0)
+        mask = masks.CausalMask(lengths, pattern.offset) if causal else masks.LocalMask(lengths, window, pattern.offset)
+    else:
+        mask = masks.ChunkedCausalMask(lengths, pattern.chunk)
+    with jax.ensure_compile_time_eval():
+        return kernels.make_splash_mha(
+            masks.MultiHeadMask([mask] * num_heads),
+            block_sizes=kernels.BlockSizes(
+                block_q=block_q,
+                block_kv=block_k,
+                block_kv_compute=block_k,
+                block_q_dkv=block_q,
+                block_kv_dkv=block_k,
+                block_kv_dkv_compute=block_k,
+                block_q_dq=block_q,
+                block_kv_dq=block_k,
+            ),
+            head_shards=1,
+            q_seq_shards=1,
+            attn_logits_soft_cap=softcap,
+            residual_checkpoint_name=OUT_NAME,
+            interpret=interpret,
+        )
