@@ -230,8 +230,10 @@ class Target:
             precision: of products of float32.
 
         Raises:
-            TargetError: no unit of the chip computes such products.
+            TargetError: no unit of the chip computes such products, or an unknown precision.
         """
+        if precision not in _PASSES:
+            raise TargetError(f"unknown precision {precision!r}; known: {', '.join(_PASSES)}")
         name = _dtype_name(dtype)
         flops = {unit: rate / self.chip.devices_per_chip for unit, rate in self.chip.flops.items()}
         if name == "float32" and self.chip.platform == "tpu":
@@ -297,6 +299,9 @@ class Target:
                all-to-all                   a (n-1) + V (n-1)/n / B
                permute                      a + V / B
 
+        A collective within and between slices is made of one over each: an all-reduce is a reduce-scatter over `ici`,
+        an all-reduce of `V` by the members of a slice over `dcn`, and an all-gather over `ici`.
+
         Args:
             kind: which collective.
             num_bytes: `V`, of the larger of operand and result of one member: the result of an all-gather, the operand
@@ -309,6 +314,8 @@ class Target:
         """
         if kind not in KINDS:
             raise TargetError(f"unknown collective {kind!r}; known: {', '.join(KINDS)}")
+        if over not in ("ici", "dcn"):
+            raise TargetError(f"unknown network {over!r}: ici joins the chips of a slice, dcn the slices")
         members = self.slices if over == "dcn" else self.num_devices // self.slices
         if not 1 <= group_size <= members:
             what = "slice(s)" if over == "dcn" else "device(s) in a slice"

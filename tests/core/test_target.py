@@ -163,6 +163,11 @@ def test_a_dtype_that_no_unit_computes_is_an_error(text: str, dtype: str) -> Non
         Target.parse(text).rate(dtype)
 
 
+def test_an_unknown_precision_is_an_error() -> None:
+    with pytest.raises(TargetError, match="unknown precision 'exact'; known: default, high, highest"):
+        Target.parse("v5e").rate("float32", "exact")
+
+
 def test_what_is_no_dtype_is_an_error() -> None:
     with pytest.raises(TargetError, match="is no dtype"):
         Target.parse("v5e").rate(object())
@@ -269,6 +274,7 @@ def test_a_group_of_one_costs_nothing() -> None:
         (("all-gather", 1.0, 32), "v5e:4x4[*]2 has 16 device"),
         (("all-gather", 1.0, 3, "dcn"), "has 2 slice"),
         (("all-gather", 1.0, 0), "a group of 0"),
+        (("all-gather", 1.0, 2, "pcie"), "unknown network 'pcie'"),
         (("broadcast", 1.0, 2), "unknown collective 'broadcast'; known: all-gather"),
     ],
 )
