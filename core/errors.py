@@ -89,5 +89,9 @@ class CompileError(CompaxError):
     """A program cannot be compiled for a slice: no compiler, a failing one, or one that was killed."""
 
 
+class CompilerBusyError(CompileError):
+    """Another process of this machine has the compiler, which serves one at a time."""
+
+
 class MemoryLimitError(CompileError):
     """A program needs more memory than a chip of its target has."""

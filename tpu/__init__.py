@@ -1,3 +1,10 @@
-"""Slices and pods: what a program needs beyond one machine. Empty so far; README.md says what belongs here."""
+"""Slices and pods: what a program needs beyond one machine.
 
-__all__: list[str] = []
+`compile_for` compiles for a slice of TPUs with none attached.
+"""
+
+from compax.tpu.compiling import Compiled, Memory, Request, Shortage, compile_for
+from compax.tpu.topology import make_mesh, parse_mesh
+from compax.tpu.worker import Built
+
+__all__ = ["Built", "Compiled", "Memory", "Request", "Shortage", "compile_for", "make_mesh", "parse_mesh"]

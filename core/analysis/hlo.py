@@ -1,0 +1,442 @@
+"""What XLA made of a program: reads the text of a compiled module (`compiled.as_text()`).
+
+Everything here is a pure function of that text, so it serves a CPU, a GPU and a slice of TPUs that is not there alike.
+All figures are per device. What stands in a loop counts as often as the loop runs; a loop whose number of trips cannot
+be read from the text counts once and is named in `Module.unknown_loops`.
+
+Bytes of a collective are those of the whole payload: what an all-gather gives, what a reduce-scatter, an all-reduce,
+an all-to-all or a permute takes. `Collective.wire_bytes` is what a ring sends over links for it (Thakur, Rabenseifner,
+Gropp, "Optimization of Collective Communication Operations in MPICH", 2005).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from compax.analysis.hlo_loops import trip_count
+from compax.analysis.hlo_text import Computation, Instruction, Shape, parse_computations
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "permute")
+"""The kinds of collectives, as they are named here."""
+
+_COLLECTIVES = {
+    "all-gather": "all-gather",
+    "all-reduce": "all-reduce",
+    "reduce-scatter": "reduce-scatter",
+    "all-to-all": "all-to-all",
+    "ragged-all-to-all": "all-to-all",
+    "collective-permute": "permute",
+    "collective-broadcast": "permute",
+}
+# What makes no buffer of its own, or moves nothing.
+_VIEWS = frozenset(
+    {
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "while",
+        "conditional",
+        "call",
+        "after-all",
+        "opt-barrier",
+        "optimization-barrier",
+        "partition-id",
+        "replica-id",
+        "iota",
+        "async-start",
+        "async-update",
+        "async-done",
+    }
+)
+_ASYNCHRONOUS = ("-start", "-done", "-update")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective operation of the compiled program.
+
+    Attributes:
+        kind: one of `KINDS`.
+        bytes: payload of one execution on one device.
+        group_size: how many devices take part in one group of it.
+        count: how often it runs in a call of the program.
+        asynchronous: whether it is started and awaited apart, so that other work may hide it.
+        name: the instruction.
+        op_name: the operation of the program that asked for it, as JAX named it.
+    """
+
+    kind: str
+    bytes: int
+    group_size: int
+    count: int
+    asynchronous: bool
+    name: str
+    op_name: str
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that one device sends in one execution, by a ring."""
+        if self.kind == "permute":
+            return float(self.bytes)
+        share = (self.group_size - 1) / max(self.group_size, 1)
+        return self.bytes * share * (2 if self.kind == "all-reduce" else 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """A value that the compiled program keeps in the device's main memory.
+
+    Attributes:
+        bytes: its size, padded to the tiles of its layout.
+        shape: dtype and dimensions, such as "bf16[4,512,1024]".
+        name: the instruction that makes it.
+        op_name: the operation of the program that it belongs to, as JAX named it.
+        count: how many instructions make one of that shape for that operation; they need not be alive together.
+    """
+
+    bytes: int
+    shape: str
+    name: str
+    op_name: str
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A compiled module, parsed.
+
+    Attributes:
+        computations: by name.
+        entry: the name of the one that runs.
+    """
+
+    computations: Mapping[str, Computation]
+    entry: str
+
+    @functools.cached_property
+    def _runs(self) -> tuple[dict[str, int], tuple[str, ...]]:
+        """How often each computation runs, and the loops of unknown length."""
+        runs: dict[str, int] = {}
+        unknown: list[str] = []
+
+        def enter(name: str, times: int) -> None:
+            runs[name] = runs.get(name, 0) + times
+            for instruction in self.computations[name].instructions:
+                inner = times
+                if instruction.opcode == "while":
+                    trips = trip_count(self.computations, self.computations[name], instruction)
+                    if trips is None:
+                        unknown.append(instruction.name)
+                    inner = times * (1 if trips is None else trips)
+                for called in _entered(instruction):
+                    enter(called, inner)
+
+        enter(self.entry, 1)
+        return runs, tuple(unknown)
+
+    @property
+    def unknown_loops(self) -> tuple[str, ...]:
+        """Loops whose number of trips the text does not tell; what is in them counts once."""
+        return self._runs[1]
+
+    @functools.cached_property
+    def fused(self) -> frozenset[str]:
+        """Names of computations that run inside of one instruction: their values are no buffers."""
+        found: set[str] = set()
+
+        def enter(name: str, fused: bool) -> None:
+            if fused:
+                found.add(name)
+            for instruction in self.computations[name].instructions:
+                for called in _entered(instruction):
+                    enter(called, fused or instruction.opcode == "fusion" or instruction.opcode.startswith("async"))
+
+        enter(self.entry, False)
+        return frozenset(found)
+
+    def walk(self) -> Iterator[tuple[Computation, Instruction, int]]:
+        """Every instruction that runs, with its computation and how often it does."""
+        for name, times in self._runs[0].items():
+            computation = self.computations[name]
+            for instruction in computation.instructions:
+                yield computation, instruction, times
+
+
+def parse(text: str) -> Module:
+    """Parses the text of a compiled module.
+
+    Raises:
+        ValueError: it is no text of an HLO module with an entry computation.
+    """
+    computations, entry = parse_computations(text)
+    return Module(computations, entry)
+
+
+def _entered(instruction: Instruction) -> tuple[str, ...]:
+    """Computations that run when the instruction does; not the scalar functions of reductions, sorts and scatters."""
+    called = instruction.called
+    names = [called[key] for key in ("body",) if key in called]
+    if instruction.opcode in ("fusion", "call", "async-start") or (
+        instruction.opcode == "custom-call" and "calls" in called
+    ):
+        names += [called[key] for key in ("calls", "to_apply") if key in called]
+    if instruction.opcode == "conditional":
+        names += instruction.branches
+    return tuple(names)
+
+
+# -- Collectives ------------------------------------------------------------------------------------------------------
+
+
+def collectives(module: Module) -> tuple[Collective, ...]:
+    """The collectives of a module, those started and awaited apart counted once.
+
+    An all-reduce inside of a fusion that keeps one slice of the result is a reduce-scatter, as the TPU's compiler
+    writes it.
+    """
+    started = {
+        instruction.called["calls"]
+        for _, instruction, _ in module.walk()
+        if instruction.opcode == "async-start" and "calls" in instruction.called
+    }
+    found: list[Collective] = []
+    for computation, instruction, times in module.walk():
+        opcode = instruction.opcode.removesuffix("-start")
+        if opcode not in _COLLECTIVES:
+            continue
+        size = group_size(instruction.text, computation.devices)
+        if size <= 1:
+            continue
+        kind = _COLLECTIVES[opcode]
+        payload = sum(computation.shape(operand).nbytes for operand in instruction.operands)
+        if kind == "all-gather":
+            payload *= size
+        if kind == "all-reduce" and computation.name in module.fused and _keeps_a_slice(computation, instruction):
+            kind = "reduce-scatter"
+        asynchronous = instruction.opcode.endswith("-start") or computation.name in started
+        found.append(Collective(kind, payload, size, times, asynchronous, instruction.name, instruction.op_name))
+    return tuple(found)
+
+
+def _keeps_a_slice(computation: Computation, reduced: Instruction) -> bool:
+    """Whether all that is used of a result is a slice of it."""
+    names, sliced = {reduced.name}, False
+    for instruction in computation.instructions:
+        if not names.intersection(instruction.operands):
+            continue
+        if instruction.opcode in ("bitcast", "reshape", "copy", "transpose", "get-tuple-element"):
+            names.add(instruction.name)
+        elif instruction.opcode == "dynamic-slice":
+            sliced = True
+        else:
+            return False
+    return sliced
+
+
+def group_size(text: str, devices: int) -> int:
+    """How many devices take part in one group of a collective.
+
+    Args:
+        text: the instruction.
+        devices: how many devices the module runs on: the size where no groups are written.
+    """
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        return math.prod(_mesh_axis(name, sizes) for name in re.findall(r"'([^']+)'((?::\(\d+\)\d+)?)", found[2]))
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return found[1].count(",") + 1
+    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", text):
+        moved = [pair for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if pair[0] != pair[1]]
+        return 2 if moved else 1
+    return devices
+
+
+def _mesh_axis(name: tuple[str, str], sizes: Mapping[str, int]) -> int:
+    """The size of a mesh axis in replica groups, or of the part `'axis':(before)size` of one."""
+    axis, part = name
+    return int(part.rpartition(")")[2]) if part else sizes[axis]
+
+
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """All collectives of one kind together.
+
+    Attributes:
+        count: executions in a call of the program.
+        bytes: payload of all of them, per device.
+        wire_bytes: what one device sends for them, by rings.
+        hidden_bytes: the payload of those that are asynchronous.
+    """
+
+    count: int
+    bytes: int
+    wire_bytes: float
+    hidden_bytes: int
+
+
+def by_kind(found: Sequence[Collective]) -> dict[str, Total]:
+    """Sums collectives up by kind, in the order of `KINDS`."""
+    totals: dict[str, Total] = {}
+    for kind in KINDS:
+        some = [each for each in found if each.kind == kind]
+        if some:
+            totals[kind] = Total(
+                sum(each.count for each in some),
+                sum(each.count * each.bytes for each in some),
+                sum(each.count * each.wire_bytes for each in some),
+                sum(each.count * each.bytes for each in some if each.asynchronous),
+            )
+    return totals
+
+
+# -- Work -------------------------------------------------------------------------------------------------------------
+
+
+def matmul_flops(module: Module) -> dict[str, int]:
+    """FLOPs of matrix products and convolutions by the dtype of their operands; a multiply-add is two.
+
+    Products that the compiler pads or dilates count what meets data, not the zeros between.
+    """
+    flops: dict[str, int] = {}
+    for computation, instruction, times in module.walk():
+        if instruction.opcode in ("dot", "convolution"):
+            dtype = computation.shape(instruction.operands[0]).dtype
+            one = _dot_flops if instruction.opcode == "dot" else _convolution_flops
+            flops[dtype] = flops.get(dtype, 0) + times * one(computation, instruction)
+    return flops
+
+
+def _dot_flops(computation: Computation, dot: Instruction) -> int:
+    left = computation.shape(dot.operands[0]).dims
+    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.text)
+    contracted = [left[int(dim)] for dim in found[1].split(",") if dim] if found else []
+    return 2 * math.prod(dot.shape.dims) * math.prod(contracted)
+
+
+def _convolution_flops(computation: Computation, convolution: Instruction) -> int:
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.text)
+    assert labels is not None, convolution.text
+    inputs, kernel, output = labels[1], labels[2], labels[3]
+    left, right = (computation.shape(name).dims for name in convolution.operands[:2])
+    out = convolution.shape.dims
+    flops = 2 * right[kernel.index("i")] * out[output.index("b")] * out[output.index("f")]
+    spatial = sorted(label for label in output if label.isdigit())
+    window = _window(convolution.text, len(spatial))
+    for number, label in enumerate(spatial):
+        sizes = (left[inputs.index(label)], right[kernel.index(label)], out[output.index(label)])
+        flops *= _meetings(*sizes, *window[number])
+    return flops
+
+
+def _window(text: str, count: int) -> list[tuple[int, int, int, int]]:
+    """(stride, padding before, dilation of the input, dilation of the kernel) for each spatial dimension."""
+    if not count:
+        return []
+    found = re.search(r"window=\{([^}]*)\}", text)
+    fields = dict(re.findall(r"(\w+)=(\S+)", found[1])) if found else {}
+
+    def of(name: str, default: str) -> list[int]:
+        return [int(part.split("_")[0]) for part in fields.get(name, "x".join([default] * count)).split("x")]
+
+    parts = [of("stride", "1"), of("pad", "0_0"), of("lhs_dilate", "1"), of("rhs_dilate", "1")]
+    return [(parts[0][i], parts[1][i], parts[2][i], parts[3][i]) for i in range(count)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _meetings(left: int, kernel: int, out: int, stride: int, before: int, dilation: int, kernel_dilation: int) -> int:
+    """In how many pairs of output and kernel position an element of the input is met."""
+    positions = np.arange(out)[:, None] * stride - before + np.arange(kernel)[None, :] * kernel_dilation
+    met = (positions >= 0) & (positions <= (left - 1) * dilation) & (positions % dilation == 0)
+    return int(met.sum())
+
+
+# -- Memory -----------------------------------------------------------------------------------------------------------
+
+
+def memory_traffic(module: Module) -> int:
+    """Bytes read from and written to the device's main memory in a call of the program.
+
+    Each instruction reads its operands and writes its result; one that slices an operand reads the slice, one that
+    updates in place writes the update. What stays in another memory, such as a TPU's vector memory, is not counted.
+    """
+    total = 0
+    for computation, instruction, times in module.walk():
+        if computation.name in module.fused or instruction.opcode in _VIEWS:
+            continue
+        if instruction.opcode.endswith(("-done", "-update")):
+            continue
+        total += times * _traffic(module, computation, instruction)
+    return total
+
+
+def _traffic(module: Module, computation: Computation, instruction: Instruction) -> int:
+    shapes = [computation.shape(name) for name in instruction.operands]
+    opcode = instruction.opcode.removesuffix("-start")
+    if opcode in ("dynamic-slice", "slice", "gather"):
+        result = instruction.shape.elements[1] if instruction.opcode.endswith("-start") else instruction.shape
+        return (result.nbytes if shapes[0].in_main_memory else 0) + result.main_memory_bytes
+    if opcode == "dynamic-update-slice":
+        update = shapes[1].nbytes
+        return shapes[1].main_memory_bytes + (update if instruction.shape.in_main_memory else 0)
+    if opcode == "copy" and instruction.opcode.endswith("-start"):
+        return sum(shape.main_memory_bytes for shape in instruction.shape.elements[:2])
+    if instruction.opcode == "fusion":
+        fused = module.computations[instruction.called["calls"]]
+        reads, written = _fused_traffic(fused, shapes)
+        return reads + (instruction.shape.main_memory_bytes if written is None else written)
+    written = 0 if instruction.opcode.endswith("-start") else instruction.shape.main_memory_bytes
+    return sum(shape.main_memory_bytes for shape in shapes) + written
+
+
+def _fused_traffic(fused: Computation, shapes: Sequence[Shape]) -> tuple[int, int | None]:
+    """What a fusion reads, and what it writes if that is less than its result."""
+    reads, written = 0, None
+    root = fused.root
+    while root.opcode in ("bitcast", "copy", "convert") and root.operands[0] in fused.by_name:
+        root = fused.by_name[root.operands[0]]
+    if root.opcode == "dynamic-update-slice":
+        written = fused.shape(root.operands[1]).nbytes if fused.root.shape.in_main_memory else 0
+    for parameter in fused.parameters:
+        if parameter.number >= len(shapes) or not shapes[parameter.number].in_main_memory:
+            continue
+        users = [each for each in fused.instructions if parameter.name in each.operands]
+        if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
+            reads += sum(user.shape.nbytes for user in users if user.operands[0] == parameter.name)
+        elif (
+            not (users and all(user is root and user.operands[0] == parameter.name for user in users))
+            or root.opcode != "dynamic-update-slice"
+        ):
+            reads += shapes[parameter.number].nbytes
+    return reads, written
+
+
+def largest_buffers(module: Module, count: int = 10) -> tuple[Buffer, ...]:
+    """The largest values in main memory, but for the program's own arguments.
+
+    Equal shapes that belong to one operation are one entry: loops carry the same buffer through several instructions.
+    """
+    found: dict[tuple[str, str], Buffer] = {}
+    for computation, instruction, _ in module.walk():
+        if computation.name in module.fused or instruction.opcode in _VIEWS:
+            continue
+        if instruction.opcode.endswith(_ASYNCHRONOUS):
+            continue
+        for shape in instruction.shape.leaves:
+            if not shape.in_main_memory:
+                continue
+            key = (str(shape), instruction.op_name)
+            before = found.get(key)
+            found[key] = Buffer(
+                shape.nbytes, str(shape), instruction.name, instruction.op_name, 1 + (before.count if before else 0)
+            )
+    return tuple(sorted(found.values(), key=lambda buffer: (-buffer.bytes, buffer.name))[:count])

@@ -1,0 +1,226 @@
+"""What `compax plan` compiles: the train step of a config, or its loss alone, with shapes in place of arrays.
+
+`build` runs in the child process of `compax.tpu.compile_for`, so that capturing and tracing cost the parent nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import compax
+from compax.encoding import format_of
+from compax.experiments import config as configs
+from compax.experiments import programs, shardings
+from compax.experiments.config import Config
+from compax.experiments.optimizer import optimizer
+from compax.experiments.step import TrainState, make_step
+from compax.tpu.worker import Built
+
+BUILDER = f"{__name__}:build"
+_LARGEST = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is known of a step before it is compiled: all of it predicted, counted from shapes and the graph.
+
+    Attributes:
+        entry: "train" for the train step, "eval" for the loss alone.
+        parameters: how many.
+        trainable: how many of them are trained.
+        tokens: that one step reads.
+        model_flops: of the matrix products of one step on all devices, without recomputation: three times those of
+            the forward pass, less what frozen parameters spare.
+        parameter_bytes: on one device, as stored, without the padding of layouts; so are the next ones.
+        optimizer_bytes: the optimizer's state.
+        state_bytes: what else a step changes: random counters, statistics, step counts.
+        batch_bytes: the tokens.
+        gradient_bytes: gradients of the trained parameters, in their stored dtype.
+        optimizer_split_bytes: the optimizer's state if it were split over the batch's axes as well.
+        largest: the largest parameters: path, format, shape, spec, bytes on one device.
+        exchanged: bytes of collectives that the shardings ask for at least, by kind: gradients of parameters that the
+            batch's axes do not split are all-reduced; parameters that they do split are gathered twice and their
+            gradients scattered once.
+    """
+
+    entry: str
+    parameters: int
+    trainable: int
+    tokens: int
+    model_flops: float
+    parameter_bytes: int
+    optimizer_bytes: int
+    state_bytes: int
+    batch_bytes: int
+    gradient_bytes: int
+    optimizer_split_bytes: int
+    largest: tuple[tuple[str, str, tuple[int, ...], str, int], ...]
+    exchanged: Mapping[str, int]
+
+    @property
+    def argument_bytes(self) -> int:
+        """What the step is called with, on one device."""
+        return self.parameter_bytes + self.optimizer_bytes + self.state_bytes + self.batch_bytes
+
+
+def build(mesh: Mesh, arguments: Mapping[str, Any]) -> Built:
+    """Traces the step of a config with abstract arguments that carry their shardings.
+
+    Args:
+        mesh: over the devices of the slice.
+        arguments: `config` (its JSON) and `forward` (whether to take the loss alone).
+
+    Raises:
+        CompaxError: the config, the pipeline or the shardings are not valid.
+    """
+    config = configs.from_json(arguments["config"], where="the config")
+    vocabulary = config.tokenizer.vocabulary
+    program = programs.build_program(config, vocabulary, abstract=True)
+    axes = dict(mesh.shape)
+    specs = shardings.parameter_specs(program.params, config.sharding.params, axes)
+    batch_axes = config.sharding.batch
+    tokens_spec = shardings.batch_spec(batch_axes, axes, programs.micro_batch(config))
+    shape = (config.optimizer.accumulation, programs.micro_batch(config), config.data.sequence_length + 1)
+    tokens = shardings.abstract(mesh, jax.ShapeDtypeStruct(shape, jnp.int32), tokens_spec)
+    if arguments["forward"]:
+        traced, placed = _forward(mesh, program, specs, tokens)
+    else:
+        traced, placed = _train(mesh, config, program, specs, tokens)
+    facts = _facts(config, program, specs, mesh, placed, tokens, forward=arguments["forward"])
+    return Built(traced, dataclasses.asdict(facts))
+
+
+def abstract_state(config: Config, program: compax.Program) -> tuple[TrainState, dict[str, Any]]:
+    """The state before the first step and the parameters that are not trained, as `step.start` makes them: shapes."""
+    trainable, frozen = program.partition()
+
+    def first(params: dict[str, Any], state: dict[str, Any]) -> TrainState:
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(params, state, optimizer(config).init(params), zero, zero)
+
+    return jax.eval_shape(first, trainable, program.state), frozen
+
+
+def _train(
+    mesh: Mesh, config: Config, program: compax.Program, specs: Mapping[str, PartitionSpec], tokens: Any
+) -> tuple[jax.stages.Traced, tuple[TrainState, dict[str, Any]]]:
+    state, frozen = abstract_state(config, program)
+    params, whole = {**state.params, **frozen}, PartitionSpec()
+    placed = TrainState(
+        shardings.abstract(mesh, state.params, shardings.follow(state.params, params, specs)),
+        shardings.abstract(mesh, state.state, whole),
+        shardings.abstract(mesh, state.optimizer, shardings.follow(state.optimizer, params, specs)),
+        shardings.abstract(mesh, state.updates, whole),
+        shardings.abstract(mesh, state.skipped, whole),
+    )
+    kept = shardings.abstract(mesh, frozen, shardings.follow(frozen, params, specs))
+    step = make_step(config, program)
+
+    def train_step(state: TrainState, frozen: dict[str, Any], tokens: jax.Array) -> Any:
+        return step(state, frozen, tokens)
+
+    # The state goes out as it came in: the next step takes it without a move.
+    out = (jax.tree.map(lambda leaf: leaf.sharding, placed), None)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out).trace(placed, kept, tokens), (placed, kept)
+
+
+def _forward(
+    mesh: Mesh, program: compax.Program, specs: Mapping[str, PartitionSpec], tokens: Any
+) -> tuple[jax.stages.Traced, tuple[TrainState, dict[str, Any]]]:
+    params = shardings.abstract(mesh, program.params, shardings.follow(program.params, program.params, specs))
+    state = shardings.abstract(mesh, program.state, PartitionSpec())
+
+    def forward(params: dict[str, Any], state: dict[str, Any], tokens: jax.Array) -> jax.Array:
+        (loss, _), _, _ = program.apply(params, state, {"tokens": tokens[0]}, entry=programs.EVAL)
+        return loss
+
+    traced = jax.jit(forward).trace(params, state, tokens)
+    nothing = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    return traced, (TrainState(params, state, (), nothing, nothing), {})
+
+
+def _facts(
+    config: Config,
+    program: compax.Program,
+    specs: Mapping[str, PartitionSpec],
+    mesh: Mesh,
+    placed: tuple[TrainState, dict[str, Any]],
+    tokens: Any,
+    *,
+    forward: bool,
+) -> Facts:
+    state, frozen = placed
+    entry = programs.EVAL if forward else programs.TRAIN
+    trainable, _ = program.partition()
+    total, trained = (sum(value.size for value in params.values()) for params in (program.params, trainable))
+    parts = 1 if forward else config.optimizer.accumulation
+    passes = 1 if forward else 2 + trained / total
+    whole = {**state.params, **frozen}
+    sizes = {path: shardings.device_bytes(value) for path, value in whole.items()}
+    split = math.prod(mesh.shape[name] for name in config.sharding.batch)
+    exchanged: dict[str, int] = {}
+    gradients = 0
+    for path in trainable if not forward else ():
+        over = _axes_of(specs[path]).intersection(config.sharding.batch)
+        gathered = math.prod(mesh.shape[name] for name in over)
+        gradients += sizes[path]
+        _count(exchanged, path, sizes, gathered, parts, split)
+    optimizer_bytes = shardings.device_bytes(state.optimizer)
+    return Facts(
+        entry=entry,
+        parameters=total,
+        trainable=trained,
+        tokens=config.data.batch_size
+        * config.data.sequence_length
+        // (config.optimizer.accumulation if forward else 1),
+        model_flops=float(program.coverage(entry).flops * parts * passes),
+        parameter_bytes=sum(sizes.values()),
+        optimizer_bytes=optimizer_bytes,
+        state_bytes=shardings.device_bytes((state.state, state.updates, state.skipped)),
+        batch_bytes=shardings.device_bytes(tokens),
+        gradient_bytes=gradients,
+        optimizer_split_bytes=_split_bytes(state, config, mesh),
+        largest=tuple(
+            (path, format_of(whole[path]), tuple(whole[path].shape), _spec_text(specs[path]), sizes[path])
+            for path in sorted(sizes, key=lambda path: -sizes[path])[:_LARGEST]
+        ),
+        exchanged=exchanged,
+    )
+
+
+def _count(
+    exchanged: dict[str, int], path: str, sizes: Mapping[str, int], gathered: int, parts: int, split: int
+) -> None:
+    """Adds the bytes that one trained parameter's sharding asks for."""
+    if gathered > 1:
+        exchanged["all-gather"] = exchanged.get("all-gather", 0) + 2 * parts * sizes[path] * gathered
+        exchanged["reduce-scatter"] = exchanged.get("reduce-scatter", 0) + parts * sizes[path] * gathered
+    if split > gathered:
+        exchanged["all-reduce"] = exchanged.get("all-reduce", 0) + parts * sizes[path]
+
+
+def _split_bytes(state: TrainState, config: Config, mesh: Mesh) -> int:
+    """Bytes of the optimizer's state on a device if it were split over the batch's axes that do not split it yet."""
+    total = 0
+    for leaf in jax.tree.leaves(state.optimizer):
+        used = _axes_of(leaf.sharding.spec)
+        free = math.prod(mesh.shape[name] for name in config.sharding.batch if name not in used)
+        nbytes = shardings.device_bytes(leaf)
+        total += nbytes // free if leaf.ndim else nbytes
+    return total
+
+
+def _axes_of(spec: PartitionSpec) -> set[str]:
+    """The mesh axes that a spec uses."""
+    return {name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry)}
+
+
+def _spec_text(spec: PartitionSpec) -> str:
+    return ",".join("-" if not entry else entry if isinstance(entry, str) else "+".join(entry) for entry in spec) or "-"

@@ -1,0 +1,135 @@
+"""Slices that need not be there, and the meshes laid over them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from compax.errors import CompileError, CompilerBusyError, ShardingError
+from compax.target import Target
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+REST = -1
+"""In a mesh: as many as are left."""
+
+
+def parse_mesh(text: str, target: Target) -> dict[str, int]:
+    """Reads a mesh, such as `data=4,model=4`; `-1` for one axis stands for the devices that are left.
+
+    Args:
+        text: axes and sizes.
+        target: what the mesh is laid over. A CPU takes any mesh: it stands for as many devices as are asked for.
+
+    Returns:
+        Sizes by axis, in order.
+
+    Raises:
+        ShardingError: it is malformed, or the sizes do not multiply to the target's devices.
+    """
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, size = (piece.strip() for piece in part.partition("="))
+        if not equals or not name.isidentifier() or not size.removeprefix("-").isdigit():
+            raise ShardingError(f"mesh '{text}': '{part.strip()}' is not AXIS=SIZE; write it as in data=4,model=4")
+        if name in axes:
+            raise ShardingError(f"mesh '{text}': the axis '{name}' is there twice")
+        if int(size) < 1 and int(size) != REST:
+            raise ShardingError(f"mesh '{text}': the axis '{name}' has the size {size}; it must be at least 1, or -1")
+        axes[name] = int(size)
+    known = math.prod(size for size in axes.values() if size != REST)
+    devices = known if target.chip.platform == "cpu" else target.num_devices
+    open_axes = [name for name, size in axes.items() if size == REST]
+    if len(open_axes) > 1:
+        raise ShardingError(f"mesh '{text}': only one axis can be -1, {' and '.join(open_axes)} are")
+    if open_axes and devices % known == 0:
+        axes[open_axes[0]] = devices // known
+    elif open_axes or known != devices:
+        raise ShardingError(
+            f"mesh '{text}' is of {known}{' times what is left of' if open_axes else ''} devices, {target} has "
+            f"{devices}: make the sizes multiply to {devices}, or give one axis as -1"
+        )
+    return axes
+
+
+def mesh_text(axes: Mapping[str, int]) -> str:
+    """A mesh as text, as `parse_mesh` reads it."""
+    return ",".join(f"{name}={size}" for name, size in axes.items())
+
+
+def check_axis(axis: str, axes: Mapping[str, int], where: str) -> None:
+    """Raises `ShardingError` if a mesh has no such axis; the message names the closest one."""
+    if axis not in axes:
+        near = difflib.get_close_matches(axis, axes, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ShardingError(f"{where} names the mesh axis '{axis}', the mesh has {', '.join(axes)}{hint}")
+
+
+def make_mesh(target: Target, axes: Mapping[str, int]) -> Mesh:
+    """Lays a mesh over the devices of a target that need not be there; all its axes are Auto.
+
+    A TPU's devices come from its compiler (libtpu), neighbours on the torus as neighbours on the mesh where that is
+    possible. Those of a CPU are the fake ones of this process.
+
+    Args:
+        target: a slice of TPUs, or CPUs.
+        axes: sizes by name.
+
+    Raises:
+        CompileError: there is no compiler for the target here, or it knows no such slice.
+        CompilerBusyError: another process has the compiler; it may be tried again.
+        ShardingError: the mesh cannot be laid over that torus.
+    """
+    import jax
+    import numpy as np
+    from jax.sharding import AxisType, Mesh
+
+    shape = tuple(axes.values())
+    if target.chip.platform == "cpu":
+        devices = np.asarray(jax.devices("cpu")[: math.prod(shape)]).reshape(shape)
+    elif target.chip.platform == "tpu":
+        devices = _lay(target, shape, _described(target))
+    else:
+        raise CompileError(
+            f"{target} cannot be compiled for without one: only slices of TPUs have a compiler that needs no device"
+        )
+    return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _described(target: Target) -> list[Any]:
+    """The devices of a slice, as libtpu describes them."""
+    import jax
+    from jax.experimental import topologies
+
+    name = f"{target.chip.name}:{'x'.join(map(str, target.shape))}"
+    more = {"num_slices": target.slices} if target.slices > 1 else {}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices)
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        if "lockfile" in first:
+            raise CompilerBusyError(
+                "another process of this machine has the compiler of TPUs, which serves one at a time: wait for it"
+            ) from error
+        raise CompileError(f"the compiler of TPUs has no topology '{name}': {first}") from error
+
+
+def _lay(target: Target, shape: tuple[int, ...], devices: list[Any]) -> Any:
+    from jax.experimental import mesh_utils
+
+    try:
+        if target.slices > 1:
+            if shape[0] % target.slices:
+                raise ShardingError(
+                    f"the first axis of the mesh has the size {shape[0]}, which {target.slices} slices do not divide: "
+                    "it is the one that goes over the data centre's network"
+                )
+            inside = (shape[0] // target.slices, *shape[1:])
+            outside = (target.slices, *(1 for _ in shape[1:]))
+            return mesh_utils.create_hybrid_device_mesh(inside, outside, devices)
+        return mesh_utils.create_device_mesh(shape, devices)
+    except (NotImplementedError, AssertionError) as error:
+        raise ShardingError(f"a mesh of {'x'.join(map(str, shape))} cannot be laid over {target}: {error}") from error
