@@ -173,7 +173,7 @@ def batch_spec(batch_axes: Sequence[str], axes: Mapping[str, int], batch: int) -
     if batch % parts:
         raise ShardingError(
             f"a micro-batch of {batch} sequence(s) does not divide over {'+'.join(batch_axes)} ({parts}): make "
-            f"data.batch_size a multiple of {parts} times optimizer.accumulation (--batch={-(-batch // parts) * parts}), "
+            f"data.batch_size a multiple of {parts} times optimizer.accumulation (--batch), "
             "or split the batch over fewer axes with sharding.batch"
         )
     return PartitionSpec(None, _entry(tuple(batch_axes)))

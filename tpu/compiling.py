@@ -82,11 +82,13 @@ class Shortage:
         message: what the compiler said.
         needed: bytes that it needs; None if the compiler did not say.
         limit: bytes that there are; None if the compiler did not say.
+        temporaries_only: whether `needed` counts what lives between arguments and results alone.
     """
 
     message: str
     needed: int | None
     limit: int | None
+    temporaries_only: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +152,9 @@ def compile_for(request: Request, tell: Tell = lambda phase, seconds: None, *, p
     failure = result.pop("failure", None)
     if failure is not None and failure["kind"] != "memory":
         raise _error(failure, request.target)
-    shortage = Shortage(failure["message"], failure["needed"], failure["limit"]) if failure else None
+    shortage = (
+        Shortage(**{field.name: failure[field.name] for field in dataclasses.fields(Shortage)}) if failure else None
+    )
     memory = result.pop("memory", None)
     lists: dict[str, Any] = {
         "collectives": tuple(Collective(**found) for found in result.pop("collectives", ())),

@@ -32,7 +32,8 @@ Between the first two comes `WAITING`, where another process has the compiler.
 """
 
 WAITING = "waiting"
-_RETRY_SECONDS = 1.0
+# Each try that fails leaves a file open, so they become rarer.
+_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _patient_mesh(target: Target, axes: Mapping[str, int], clock: _Clock, patien
     from compax.errors import CompilerBusyError
     from compax.tpu.topology import make_mesh
 
-    end = time.monotonic() + patience
+    end, pauses = time.monotonic() + patience, iter(_RETRY_SECONDS)
     while True:
         try:
             return make_mesh(target, axes)
@@ -150,7 +151,7 @@ def _patient_mesh(target: Target, axes: Mapping[str, int], clock: _Clock, patien
                 raise
             if clock.phase != WAITING:
                 clock.begin(WAITING)
-            time.sleep(_RETRY_SECONDS)
+            time.sleep(next(pauses, _RETRY_SECONDS[-1]))
 
 
 def read(text: str, memory: Any) -> dict[str, Any]:
@@ -199,7 +200,8 @@ def _failure(error: Exception) -> dict[str, Any]:
     failure = {"message": message, "type": type(error).__name__}
     if "RESOURCE_EXHAUSTED" in message:
         needed, limit = exhausted(message) or (None, None)
-        return {**failure, "kind": "memory", "needed": needed, "limit": limit}
+        more = {"needed": needed, "limit": limit, "temporaries_only": "required for HLO temporaries" in message}
+        return {**failure, "kind": "memory", **more}
     if isinstance(error, errors.CompaxError):
         return {**failure, "kind": "compax"}
     return {**failure, "kind": "compiler"}

@@ -66,7 +66,9 @@ class Collective:
     Attributes:
         kind: one of `KINDS`.
         bytes: payload of one execution on one device.
-        group_size: how many devices take part in one group of it.
+        group_size: how many devices take part in one group of it; 2 for a permute.
+        span: from the first device of a group to its last, in the numbers of the module: more than a slice has, if it
+            goes between slices.
         count: how often it runs in a call of the program.
         asynchronous: whether it is started and awaited apart, so that other work may hide it.
         name: the instruction.
@@ -76,6 +78,7 @@ class Collective:
     kind: str
     bytes: int
     group_size: int
+    span: int
     count: int
     asynchronous: bool
     name: str
@@ -212,7 +215,8 @@ def collectives(module: Module) -> tuple[Collective, ...]:
         opcode = instruction.opcode.removesuffix("-start")
         if opcode not in _COLLECTIVES:
             continue
-        size = group_size(instruction.text, computation.devices)
+        members = group(instruction.text, computation.devices)
+        size = len(members)
         if size <= 1:
             continue
         kind = _COLLECTIVES[opcode]
@@ -222,7 +226,9 @@ def collectives(module: Module) -> tuple[Collective, ...]:
         if kind == "all-reduce" and computation.name in module.fused and _keeps_a_slice(computation, instruction):
             kind = "reduce-scatter"
         asynchronous = instruction.opcode.endswith("-start") or computation.name in started
-        found.append(Collective(kind, payload, size, times, asynchronous, instruction.name, instruction.op_name))
+        span = max(members) - min(members) + 1
+        name, op_name = instruction.name, instruction.op_name
+        found.append(Collective(kind, payload, size, span, times, asynchronous, name, op_name))
     return tuple(found)
 
 
@@ -241,30 +247,50 @@ def _keeps_a_slice(computation: Computation, reduced: Instruction) -> bool:
     return sliced
 
 
-def group_size(text: str, devices: int) -> int:
-    """How many devices take part in one group of a collective.
+def group(text: str, devices: int) -> tuple[int, ...]:
+    """The devices of the first group of a collective, by their numbers in the module.
+
+    XLA writes groups in three ways: all of them, as a rearranged range, or as axes of a mesh.
 
     Args:
         text: the instruction.
-        devices: how many devices the module runs on: the size where no groups are written.
+        devices: how many devices the module runs on: one group of all where no groups are written.
     """
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
-        return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", text):
+    if found := re.search(r"replica_groups=(\[\d+,\d+\]<=\S+)", text):
+        shape, source = found[1].split("<=")
+        rows, size = (int(number) for number in re.findall(r"\d+", shape))
+        return tuple(_range(source).reshape(rows, size)[0].tolist())
+    if found := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", text):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        return math.prod(_mesh_axis(name, sizes) for name in re.findall(r"'([^']+)'((?::\(\d+\)\d+)?)", found[2]))
+        ids = _range(found[2] or f"[{math.prod(sizes.values())}]").reshape(tuple(sizes.values()))
+        return _along(ids, sizes, re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[3]))
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return found[1].count(",") + 1
-    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", text):
-        moved = [pair for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if pair[0] != pair[1]]
-        return 2 if moved else 1
-    return devices
+        return tuple(int(number) for number in found[1].split(","))
+    if found := re.search(r"source_target_pairs=\{(\{.*?\})\}", text):
+        pairs = [(int(one), int(other)) for one, other in re.findall(r"\{(\d+),(\d+)\}", found[1])]
+        return next((pair for pair in pairs if pair[0] != pair[1]), (0,))
+    return tuple(range(devices))
 
 
-def _mesh_axis(name: tuple[str, str], sizes: Mapping[str, int]) -> int:
-    """The size of a mesh axis in replica groups, or of the part `'axis':(before)size` of one."""
-    axis, part = name
-    return int(part.rpartition(")")[2]) if part else sizes[axis]
+def _range(text: str) -> np.ndarray:
+    """A range of device numbers as HLO writes it: `[2,4]T(1,0)`, reshaped and then transposed."""
+    shape, _, order = text.partition("T")
+    numbers = [int(number) for number in re.findall(r"\d+", shape)]
+    ids = np.arange(math.prod(numbers)).reshape(numbers)
+    return ids.transpose([int(number) for number in re.findall(r"\d+", order)]) if order else ids
+
+
+def _along(ids: np.ndarray, sizes: Mapping[str, int], named: Sequence[tuple[str, str, str]]) -> tuple[int, ...]:
+    """The devices along some axes of a mesh, or along parts of them (name, size before the part, size of it)."""
+    places: list[np.ndarray] = []
+    for place, (name, size) in enumerate(sizes.items()):
+        chosen = [0]
+        for axis, before, part in named:
+            if axis == name:
+                step = size // (int(before) * int(part)) if part else 1
+                chosen = [step * number for number in range(int(part) if part else size)]
+        places.append(np.asarray(chosen).reshape([-1 if dim == place else 1 for dim in range(len(sizes))]))
+    return tuple(np.ravel(ids[tuple(np.broadcast_arrays(*places))]).tolist())
 
 
 @dataclasses.dataclass(frozen=True)

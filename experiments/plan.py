@@ -1,0 +1,172 @@
+"""`compax plan`: what a step of a config takes on a slice, by compiling it with no chip attached.
+
+The report as JSON (`--json=FILE`); bytes, FLOPs and seconds are of one device, and of one step unless said otherwise:
+
+    name, target, chips, mesh {axis: size}, pipeline, entry ("train" or "eval"), batch_size, sequence_length,
+    parameters, trainable (counts)
+    fits             bool
+    shortage         null, or {message, needed, limit, temporaries_only}: the compiler's complaint
+    memory           limit: bytes that a program can have, or null
+                     predicted: {parameters, optimizer, state, batch, arguments}
+                     compiled: {arguments, outputs, temporaries, code, peak, host, needed}, empty if it does not fit
+    largest_parameters   [{path, format, shape, spec, bytes}]
+    buffers          [{bytes, shape, name, op_name, count}]: the largest, compiled
+    flops            predicted: {model}, all devices together; compiled: {device: {dtype: FLOPs}, unknown_loops}
+    traffic          compiled: bytes between a device and its memory
+    collectives      predicted: {bytes: {kind: bytes}}, what the shardings ask for at least
+                     compiled: {kind: {count, bytes, wire_bytes, hidden_bytes, predicted_seconds}}
+                     each: [{kind, bytes, group_size, span, count, asynchronous, name, op_name, predicted_seconds}]
+    time             predicted: {compute, memory, hidden, waits, step, bound}, or null
+    training         tokens, predicted: {tokens_per_second, mfu, days, money (US dollars), kwh}, or null
+    compiling        measured: {seconds {phase: seconds}, host_bytes}
+
+A sweep is `{"points": [{"settings": {...}, "report": a report or null, "error": text or null}]}`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Generator
+
+from compax.errors import ConfigError, MemoryLimitError
+from compax.experiments import config as configs
+from compax.experiments import plan_text
+from compax.experiments.config import Config
+from compax.experiments.console import Console
+from compax.experiments.plan_advice import shortage_text
+from compax.experiments.plan_build import BUILDER, Facts
+from compax.experiments.plan_report import TOKENS_PER_PARAMETER, Report
+from compax.target import Target
+from compax.tpu import Request, compile_for, parse_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to plan, and where to write it.
+
+    Attributes:
+        topology: the slice; `plan.topology` of the config if empty.
+        mesh: over it; `plan.mesh` if empty, and if that is empty too one axis, `data`.
+        forward: the loss alone, without gradients and update.
+        tokens: to train on; 20 for each parameter if None.
+        json: file for the figures.
+        html: file for a page.
+        hlo: file for the compiled text.
+    """
+
+    topology: str = ""
+    mesh: str = ""
+    forward: bool = False
+    tokens: float | None = None
+    json: str | None = None
+    html: str | None = None
+    hlo: str | None = None
+
+
+Tell = Callable[[str, float], None]
+
+
+def plan(config: Config, options: Options, console: Console) -> Report:
+    """Compiles the step of a config for a slice, prints what it takes, and writes the files that were asked for.
+
+    Raises:
+        MemoryLimitError: it does not fit; the report was printed and written all the same.
+        CompaxError: the config, slice, mesh, shardings or compiler are not as they must be; nothing was written.
+    """
+    check_writable(options.json, options.html, options.hlo)
+    with progress(console) as tell:
+        report = make_report(config, options, tell)
+    plan_text.show(report, console)
+    if options.json is not None:
+        write(options.json, json.dumps(report.to_json(), indent=1) + "\n")
+    if options.html is not None:
+        from compax.experiments.plan_page import page
+
+        write(options.html, page([report]))
+    for kind, path in (("figures", options.json), ("page", options.html), ("compiled text", options.hlo)):
+        if path is not None:
+            console.say(f"{kind}: {path}")
+    if not report.fits:
+        raise MemoryLimitError(shortage_text(report, config))
+    return report
+
+
+def make_report(config: Config, options: Options, tell: Tell) -> Report:
+    """Compiles the step of a config for a slice.
+
+    Raises:
+        CompaxError: the config, slice, mesh, shardings or compiler are not as they must be.
+    """
+    topology = options.topology or config.plan.topology
+    if not topology:
+        raise ConfigError("no slice to plan for: give --topology=v5e:4x4, or plan.topology in the config")
+    target = Target.parse(topology)
+    axes = parse_mesh(options.mesh or config.plan.mesh or "data=-1", target)
+    arguments = {"config": configs.to_json(config), "forward": options.forward}
+    compiled = compile_for(Request(target, axes, BUILDER, arguments, options.hlo), tell)
+    facts = Facts(**compiled.facts)
+    tokens = options.tokens or float(TOKENS_PER_PARAMETER * facts.parameters)
+    return Report(
+        name=config.name,
+        target=target,
+        axes=axes,
+        pipeline=config.pipeline,
+        batch_size=config.data.batch_size,
+        sequence_length=config.data.sequence_length,
+        facts=facts,
+        compiled=compiled,
+        tokens=tokens,
+    )
+
+
+PHASES = {
+    "start": "starting the compiler",
+    "waiting": "waiting for another compile on this machine",
+    "build": "capturing and tracing the step",
+    "lower": "lowering to StableHLO",
+    "compile": "compiling",
+    "read": "reading what was compiled",
+}
+
+
+@contextlib.contextmanager
+def progress(console: Console, what: str = "") -> Generator[Tell]:
+    """Shows phases as they begin: a spinner on a terminal, lines elsewhere."""
+    before = f"{what}: " if what else ""
+    if not console.rich.is_terminal:
+        yield lambda phase, seconds: console.say(f"{before}{PHASES[phase]} (after {seconds:.1f} s, measured)")
+        return
+    with console.rich.status(f"{before}{PHASES['start']}") as status:
+        yield lambda phase, seconds: status.update(f"{before}{PHASES[phase]} (after {seconds:.1f} s, measured)")
+
+
+def check_writable(*paths: str | None) -> None:
+    """Raises `ConfigError` if a file cannot be written where it is asked for."""
+    for path in paths:
+        if path is None:
+            continue
+        folder = pathlib.Path(path).absolute().parent
+        if not folder.is_dir():
+            raise ConfigError(f"{path}: there is no folder {folder}")
+        if pathlib.Path(path).is_dir() or not os.access(folder, os.W_OK):
+            raise ConfigError(f"{path} cannot be written")
+
+
+def write(path: str, text: str) -> None:
+    """Writes a file whole or not at all."""
+    place = pathlib.Path(path).absolute()
+    with tempfile.NamedTemporaryFile(
+        "w", dir=place.parent, prefix=f".{place.name}.", delete=False, encoding="utf-8"
+    ) as file:
+        file.write(text)
+    try:
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, place)
+    except OSError as error:
+        pathlib.Path(file.name).unlink()
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,157 @@
+"""A plan as a person reads it on a terminal of 100 columns."""
+
+from __future__ import annotations
+
+from compax.experiments.console import Console, amount
+from compax.experiments.plan_report import PUE, Report
+from compax.printing import bytes_text, count_text, flops_text
+from compax.tpu.topology import mesh_text
+
+_OPERATION = 46
+_BUFFERS = 6
+
+
+def show(report: Report, console: Console) -> None:
+    """Prints a report."""
+    for line in head(report):
+        console.say(line, style="bold")
+    console.table("memory of a device", ("", "predicted", "compiled"), memory_rows(report))
+    if report.compiled.buffers:
+        console.table("largest buffers (compiled)", ("size", "shape", "operation"), buffer_rows(report))
+    if report.totals:
+        columns = ("kind", "count", "payload", "predicted", "on links", "seconds (predicted)")
+        console.table("collectives of a device, one step (compiled)", columns, collective_rows(report))
+    if report.fits:
+        console.table("one step", ("", "predicted", "compiled"), step_rows(report))
+        console.table(f"training on {amount(report.tokens)} tokens (predicted)", ("", ""), training_rows(report))
+    seconds = report.compiled.seconds
+    console.say(
+        f"took {sum(seconds.values()):.0f} s, {seconds.get('compile', 0):.0f} of them compiling, and "
+        f"{bytes_text(report.compiled.host_bytes)} of this machine's memory (measured)"
+    )
+
+
+def head(report: Report) -> list[str]:
+    """What was planned, and whether it fits."""
+    facts, target = report.facts, report.target
+    chips = f"{target.num_chips} chip{'s' * (target.num_chips != 1)}"
+    what = "train step" if facts.entry == "train" else "loss without gradients"
+    tokens = f"{report.batch_size} x {report.sequence_length} tokens"
+    lines = [
+        f"{report.name}: {count_text(facts.parameters)} parameters, {what} of {tokens}",
+        f"on {target} ({chips}), mesh {mesh_text(report.axes)}",
+    ]
+    if report.pipeline:
+        lines.append(f"pipeline: {report.pipeline}")
+    lines.append(f"fits: {fits_text(report)}")
+    return lines
+
+
+def fits_text(report: Report) -> str:
+    """Whether it fits, and how closely."""
+    limit, peak, shortage = report.limit_bytes, report.peak_bytes, report.compiled.shortage
+    if shortage is not None:
+        if shortage.needed is None or shortage.limit is None:
+            return "no (compiled)"
+        what = "temporaries alone need " if shortage.temporaries_only else ""
+        return f"no, {what}{bytes_text(shortage.needed)} of {bytes_text(shortage.limit)} a device (compiled)"
+    assert peak is not None
+    if limit is None:
+        return f"yes, {bytes_text(peak)} a device (compiled); no limit is known"
+    return f"yes, {bytes_text(peak)} at the peak (compiled) of {bytes_text(limit)} a device"
+
+
+def memory_rows(report: Report) -> list[tuple[str, str, str]]:
+    """Memory of a device by kind: predicted from shapes, and as the compiler says."""
+    facts, memory = report.facts, report.compiled.memory
+    rows = [
+        ("parameters", bytes_text(facts.parameter_bytes), ""),
+        ("optimizer state", bytes_text(facts.optimizer_bytes), ""),
+        ("other state and the batch", bytes_text(facts.state_bytes + facts.batch_bytes), ""),
+        ("arguments together", bytes_text(facts.argument_bytes), bytes_text(memory.arguments) if memory else ""),
+    ]
+    if memory is not None:
+        rows += [
+            ("temporaries", "", bytes_text(memory.temporaries)),
+            ("outputs that reuse no argument", "", bytes_text(memory.outputs)),
+            ("program code", "", bytes_text(memory.code)),
+            ("peak, as the compiler counts it", "", bytes_text(memory.peak)),
+        ]
+        if memory.host:
+            rows.append(("in the host's memory", "", bytes_text(memory.host)))
+    if report.limit_bytes is not None:
+        rows.append(("what a program can have", bytes_text(report.limit_bytes), ""))
+    return rows
+
+
+def buffer_rows(report: Report) -> list[tuple[str, str, str]]:
+    """The largest buffers with the operation that each belongs to."""
+    return [
+        (bytes_text(buffer.bytes), buffer.shape, operation_text(buffer.op_name or buffer.name))
+        for buffer in report.compiled.buffers[:_BUFFERS]
+    ]
+
+
+def operation_text(name: str, most: int = _OPERATION) -> str:
+    """The end of an operation's name, which says most."""
+    name = name.replace("jit(train_step)/jit(step)/", "").replace("closed_call/", "")
+    return name if len(name) <= most else "..." + name[3 - most :]
+
+
+def collective_rows(report: Report) -> list[tuple[str, ...]]:
+    """Collectives by kind."""
+    asked = report.facts.exchanged
+    rows: list[tuple[str, ...]] = []
+    for kind, total in report.totals.items():
+        predicted = bytes_text(asked[kind]) if kind in asked else ""
+        seconds = seconds_text(report.kind_seconds(kind))
+        rows.append((kind, str(total.count), bytes_text(total.bytes), predicted, bytes_text(total.wire_bytes), seconds))
+    rows += [(kind, "", "", bytes_text(size), "", "") for kind, size in asked.items() if kind not in report.totals]
+    return rows
+
+
+def step_rows(report: Report) -> list[tuple[str, str, str]]:
+    """Work and time of a step."""
+    times, facts = report.times, report.facts
+    assert times is not None
+    devices = report.devices
+    compiled = sum(report.compiled.flops.values())
+    rows = [
+        ("matrix products, all devices", flops_text(facts.model_flops), flops_text(compiled * devices)),
+        ("  of one device", flops_text(facts.model_flops / devices), flops_text(compiled)),
+        ("bytes to and from memory, a device", "", bytes_text(report.compiled.traffic)),
+        ("time to compute", seconds_text(times.compute), ""),
+        ("time to move bytes", seconds_text(times.memory), ""),
+        ("time of collectives that hide", seconds_text(times.hidden), ""),
+        ("time of collectives that wait", seconds_text(times.waits), ""),
+        (f"time of a step at least, bound by {times.bound}", seconds_text(times.step), ""),
+    ]
+    if report.compiled.unknown_loops:
+        rows.append((f"loops of unknown length: {len(report.compiled.unknown_loops)}, counted once", "", ""))
+    return rows
+
+
+def training_rows(report: Report) -> list[tuple[str, str]]:
+    """What training takes at that speed."""
+    economy, chip = report.economy(), report.target.chip
+    if economy is None:
+        return []
+    price = f"{chip.price_per_hour} a chip and hour"
+    power = f"chips at {chip.power_watts} W, building {PUE}"
+    return [
+        ("tokens a second", amount(economy.tokens_per_second)),
+        ("model FLOPs utilization (MFU), at most", f"{economy.mfu:.1%}"),
+        ("days", f"{economy.days:,.2f}"),
+        ("US dollars", "no public price" if economy.money is None else f"{economy.money:,.0f} ({price})"),
+        ("energy", "unknown" if economy.kwh is None else f"{economy.kwh:,.0f} kWh ({power})"),
+    ]
+
+
+def seconds_text(seconds: float | None) -> str:
+    """A time to three figures, or that it is unknown."""
+    if seconds is None:
+        return "unknown"
+    for unit, factor in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns" if seconds else "0 s"
