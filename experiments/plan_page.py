@@ -319,6 +319,6 @@ def _pareto(points: Sequence[Point]) -> str:
         )
         anchor, shift = ("end", -10) if x(size) > (left + right) / 2 else ("start", 10)
         drawn.append(_text(x(size) + shift, y(seconds) - 6, point.label, anchor=anchor))
-    words = "peak memory of a device (compiled), against device-seconds for a token (predicted): lower is better in both"
+    words = "peak memory of a device (compiled), against device-seconds for a token (predicted): less is better"
     drawn.append(_text(left, bottom + 40, words))
     return _svg(bottom + 50, drawn, "plans by memory and time")
