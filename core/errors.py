@@ -41,6 +41,10 @@ class RewriteError(CompaxError):
     """A rewrite of a graph cannot be done as it was asked for."""
 
 
+class PlacementError(CompaxError, ValueError):
+    """An array cannot live where it was asked to: no such memory, mesh or spec."""
+
+
 class VerificationError(CompaxError):
     """A program is malformed: a shape, a dtype or a reference does not hold."""
 

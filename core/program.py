@@ -25,6 +25,7 @@ from compax.capture import (
 from compax.composites.base import Composite
 from compax.encoding import Encoded
 from compax.errors import CaptureError, DeclarationError, SignatureError, VerificationError
+from compax.placement import Placement
 from compax.sources import Arrays
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Program:
         name: what the program is called in print.
         declared: what a person said of it, beyond what the analyses find.
         origin: shapes of the parameters and the state that the model has, where a pass stores others in their place.
+        placement: where parameters and the optimizer's state live.
     """
 
     params: Arrays
@@ -63,6 +65,7 @@ class Program:
     name: str = "program"
     declared: tuple["Declaration", ...] = ()
     origin: tuple[Arrays, Arrays] | None = None
+    placement: Placement = dataclasses.field(default_factory=Placement)
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def replace(self, **changes: Any) -> "Program":
@@ -397,6 +400,7 @@ def _flatten(program: Program) -> tuple[tuple[Arrays, Arrays], Any]:
         program.name,
         program.declared,
         program.origin,
+        program.placement,
         program.memo,
     )
     return (program.params, program.state), skeleton
@@ -413,6 +417,7 @@ class _Skeleton:
     name: str
     declared: tuple["Declaration", ...]
     origin: tuple[Arrays, Arrays] | None
+    placement: Placement
     memo: dict[Any, Any]
 
     def __eq__(self, other: object) -> bool:
@@ -424,6 +429,7 @@ class _Skeleton:
             and self.history is other.history
             and self.declared == other.declared
             and self.origin is other.origin
+            and self.placement == other.placement
         )
 
     def __hash__(self) -> int:

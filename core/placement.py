@@ -1,0 +1,109 @@
+"""Placement: where a program's arrays live: on which devices of a mesh, and in which of their memories.
+
+A placement says what is wanted. It is plain data that passes write and that whoever compiles the program (the train
+step, a plan for a slice) turns into shardings; nothing here touches a device before `check_memory` asks one.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from compax.errors import PlacementError
+
+DEVICE = "device"
+"""The memory that a device computes from."""
+
+HOST = "pinned_host"
+"""Memory of the host that a device reaches by itself."""
+
+MEMORIES = (DEVICE, HOST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the arrays of a program live. The default is what JAX does by itself.
+
+    Attributes:
+        mesh: the mesh that specs name axes of.
+        specs: the sharding of parameters by path; those that are not named are whole on each device. For an encoded
+            parameter it is the spec of the array that the encoding stands for.
+        memory: the memory of parameters by path, one of `MEMORIES`; `DEVICE` for those that are not named.
+        optimizer_memory: the memory of the optimizer's state.
+    """
+
+    mesh: Mesh | AbstractMesh | None = None
+    specs: Mapping[str, PartitionSpec] = dataclasses.field(default_factory=dict)
+    memory: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    optimizer_memory: str = DEVICE
+
+    def __post_init__(self) -> None:
+        for kind in (self.optimizer_memory, *self.memory.values()):
+            if kind not in MEMORIES:
+                raise PlacementError(f"no memory is called '{kind}'; there are: {', '.join(MEMORIES)}")
+        if self.specs and self.mesh is None:
+            raise PlacementError(f"'{min(self.specs)}' has a spec, but there is no mesh whose axes it names; give one")
+
+    def __hash__(self) -> int:
+        return hash((self.mesh, frozenset(self.specs), frozenset(self.memory.items()), self.optimizer_memory))
+
+    def replace(self, **changes: Any) -> "Placement":
+        """A placement with some attributes replaced."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def memories(self) -> frozenset[str]:
+        """The memories that it asks for, besides that of the device."""
+        return frozenset({self.optimizer_memory, *self.memory.values()}) - {DEVICE}
+
+    def spec(self, path: str) -> PartitionSpec:
+        """The spec of a parameter."""
+        return self.specs.get(path, PartitionSpec())
+
+    def memory_kind(self, path: str) -> str:
+        """The memory of a parameter."""
+        return self.memory.get(path, DEVICE)
+
+    def sharding(self, path: str, device: jax.Device | None = None) -> NamedSharding | SingleDeviceSharding:
+        """The sharding of a parameter, memory included.
+
+        Args:
+            path: the parameter's path.
+            device: where it lives if there is no mesh; by default the first device.
+        """
+        return self.place(self.spec(path), self.memory_kind(path), device)
+
+    def place(
+        self, spec: PartitionSpec, memory_kind: str, device: jax.Device | None = None
+    ) -> NamedSharding | SingleDeviceSharding:
+        """A sharding over the mesh, or on one device if there is none."""
+        if self.mesh is None:
+            return SingleDeviceSharding(device or jax.devices()[0], memory_kind=memory_kind)
+        return NamedSharding(self.mesh, spec, memory_kind=memory_kind)
+
+    def check_memory(self, device: jax.Device | None = None) -> None:
+        """Asks a device whether it reaches the memories that are wanted.
+
+        Args:
+            device: the device; by default the first of the mesh, or of this process.
+
+        Raises:
+            PlacementError: it does not; says what it reaches.
+        """
+        if not self.memories:
+            return
+        if device is None:
+            device = self.mesh.devices.flat[0] if isinstance(self.mesh, Mesh) else jax.devices()[0]
+        check_memory(device, self.memories)
+
+
+def check_memory(device: jax.Device, memories: frozenset[str]) -> None:
+    """Raises `PlacementError` unless a device reaches some memories."""
+    reached = {memory.kind for memory in device.addressable_memories()}
+    if missing := sorted(memories - reached):
+        raise PlacementError(
+            f"the memory '{missing[0]}' is wanted, but {device.device_kind} ({device.platform}) reaches only: "
+            f"{', '.join(sorted(reached))}; leave the pass that asks for it out, or run where there is such memory"
+        )
