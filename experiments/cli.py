@@ -155,11 +155,36 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     )
     inspect.add_argument("--draw", metavar="FILE", help="write a picture of it: FILE.svg, or a page FILE.html")
     inspect.add_argument("--axes", action="store_true", help="its axes: which dimensions belong together")
+    inspect.add_argument(
+        "--cost", metavar="TARGET", nargs="?", const="", help="what it computes and moves, and its time: --cost=v5e:4x4"
+    )
+
+    plan = command("plan", _plan, "say what a train step takes on a slice of TPUs, with no chip attached", _PLAN_HELP)
+    plan.add_argument("--config", metavar="FILE", required=True, help=_CONFIG_HELP)
+    plan.add_argument("--topology", metavar="SLICE", default="", help="such as v5e:4x4, v5p:4x4x8, v6e:16x16*2")
+    plan.add_argument("--mesh", metavar="AXES", default="", help="such as data=4,model=4; -1 for what is left")
+    plan.add_argument("--sequence", metavar="N", help="tokens in a sequence: data.sequence_length")
+    plan.add_argument("--batch", metavar="N", help="sequences in a step, all devices together: data.batch_size")
+    plan.add_argument("--tokens", metavar="N", type=float, help="tokens to train on (default 20 for each parameter)")
+    plan.add_argument("--forward", action="store_true", help="the loss alone: no gradients, no update")
+    plan.add_argument("--json", metavar="FILE", help="write all figures")
+    plan.add_argument("--html", metavar="FILE", help="write a page with pictures")
+    plan.add_argument("--hlo", metavar="FILE", help="write the compiled text")
+    plan.add_argument("--sweep", metavar="NAME=VALUES", nargs="+", help="plan every combination, and compare")
 
     passes = command("passes", _passes, "list the registered passes, or explain one")
     passes.add_argument("name", metavar="NAME", nargs="?", help="a pass, such as quantize")
     return parser, commands
 
+
+_PLAN_HELP = """\
+The step is compiled by the compiler of TPUs (pip install -e '.[tpu]'), which needs none. Parameters are split as
+sharding.params of the config says, the batch over the axes of sharding.batch.
+
+A sweep takes batch, sequence, remat, topology, mesh and any field of the config, with commas between the values, or
+bars where values hold commas:
+
+  compax plan --config=plan_1b --topology=v6e:4x4 --sweep batch=16,32 'mesh=data=16|data=4,model=4' remat=true,false"""
 
 _CONFIG_HELP = "a Python file with get_config(), or an experiment that comes with compax, such as quickstart"
 
@@ -253,7 +278,7 @@ def _generate(args: argparse.Namespace, console: Console) -> int:
 def _inspect(args: argparse.Namespace, console: Console) -> int:
     from compax.experiments import inspection
 
-    views = inspection.Views(axes=args.axes, composites=args.composites, draw=args.draw)
+    views = inspection.Views(axes=args.axes, composites=args.composites, draw=args.draw, cost=args.cost)
     if args.model:
         _only_model(args)
         inspection.inspect_model(args.model, args.pipeline, console, views, abstract=args.abstract)
@@ -261,6 +286,21 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
         inspection.inspect_run(_config_of(args), args.pipeline, console, views)
     else:
         inspection.inspect_config(_config_of(args), args.pipeline, console, views, abstract=args.abstract)
+    return 0
+
+
+def _plan(args: argparse.Namespace, console: Console) -> int:
+    from compax.experiments import plan, sweep
+
+    given = {"data.sequence_length": args.sequence, "data.batch_size": args.batch}
+    overrides = {**args.overrides, **{name: text for name, text in given.items() if text is not None}}
+    config = configs.load(args.config, overrides)
+    fields = (field.name for field in dataclasses.fields(plan.Options))
+    options = plan.Options(**{name: getattr(args, name) for name in fields})
+    if args.sweep:
+        sweep.sweep(config, options, args.sweep, console)
+    else:
+        plan.plan(config, options, console)
     return 0
 
 

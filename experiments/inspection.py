@@ -28,6 +28,7 @@ class Views:
         axes: Its axes.
         composites: Its attentions, norms, feed-forwards and experts, with all that is known of them.
         draw: The file to draw it to.
+        cost: What it computes and moves: on a target such as `v5e:4x4`, or on none where this is empty.
 
     Raises:
         ConfigError: The file is neither `.svg` nor `.html`.
@@ -36,6 +37,7 @@ class Views:
     axes: bool = False
     composites: bool = False
     draw: str | None = None
+    cost: str | None = None
 
     def __post_init__(self) -> None:
         if self.draw is not None and not self.draw.endswith((".svg", ".html")):
@@ -101,6 +103,8 @@ def inspect_model(model: str, pipeline: str, console: Console, views: Views, *, 
 def show(program: compax.Program, console: Console, views: Views) -> None:
     """Prints a program and its coverage, both predicted from its graph, or the views that were asked for."""
     texts = [axes_text(program)] * views.axes + [composites_text(program)] * views.composites
+    if views.cost is not None:
+        texts.append(str(program.cost(views.cost or None)))
     if views.draw is not None:
         program.draw().save(views.draw)
         texts.append(f"drawn to {views.draw}")

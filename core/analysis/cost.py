@@ -42,7 +42,7 @@ class Part:
         flops_by_dtype: all of them by what they compute in, such as "float32".
         transcendentals: transcendental functions.
         bytes_unfused: bytes moved if each operation read its operands and wrote its results.
-        bytes_fused: bytes moved by the kernels that write these operations' results.
+        bytes_fused: bytes moved by kernels; one that holds operations of several owners is the last one's.
         count: operations, each counted as often as it runs.
     """
 
@@ -265,18 +265,19 @@ def graph_cost(
     by_operation: dict[str, _Sum] = collections.defaultdict(_Sum)
     by_phase: dict[str, _Sum] = collections.defaultdict(_Sum)
 
-    def sums(op: Op, path: Path) -> list[_Sum]:
-        found = [total, by_owner[owner(op, path)], by_operation[op.name]]
+    def sums(belongs: str, op: Op, path: Path) -> list[_Sum]:
+        found = [total, by_owner[belongs], by_operation[op.name]]
         return found if phase is None else [*found, by_phase[phase(op, path)]]
 
     for item in region.items:
-        for sum_ in sums(item.op, item.path):
+        for sum_ in sums(owner(item.op, item.path), item.op, item.path):
             sum_.item(item)
     groups: collections.Counter[Group] = collections.Counter()
     for kernel in region.kernels:
-        belongs = owner(kernel.root, kernel.path)
-        groups[Group(belongs, kernel.root.name, kernel.products, kernel.others, kernel.bytes, 0)] += kernel.times
-        for sum_ in sums(kernel.root, kernel.path):
+        owners = (owner(op, path) for op, path in reversed(kernel.members))
+        belongs, (root, path) = next(filter(None, owners), UNOWNED), kernel.root
+        groups[Group(belongs, root.name, kernel.products, kernel.others, kernel.bytes, 0)] += kernel.times
+        for sum_ in sums(belongs, root, path):
             sum_.fused += kernel.bytes * kernel.times * kernel.devices
 
     def notes(kind: str) -> tuple[Note, ...]:

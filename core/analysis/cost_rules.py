@@ -14,6 +14,7 @@ Where XLA's figure is not what is computed, another formula stands here: `DEVIAT
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -103,7 +104,7 @@ def named(text: str) -> frozenset[str]:
 _PLAIN = named(
     "add add_any sub mul div rem max min neg abs sign floor ceil round is_finite eq ne lt le gt ge eq_to lt_to le_to "
     "and or xor not shift_left shift_right_logical shift_right_arithmetic population_count clz select_n clamp square "
-    "convert_element_type bitcast_convert_type reduce_precision real imag complex conj"
+    "convert_element_type bitcast_convert_type reduce_precision real imag complex conj reciprocal mulhi"
 )
 TRANSCENDENTAL = named("exp log tanh sin cos tan sqrt rsqrt cbrt erf expm1 log1p pow atan2 atan")
 """Functions that XLA counts apart."""
@@ -139,11 +140,21 @@ def _size(x: Any) -> int:
 
 
 def _name(x: Any) -> str:
-    return str(x.dtype)
+    return _dtype_name(x.dtype)
+
+
+@functools.cache
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype)
 
 
 def _bits(x: Any) -> int:
-    return leaf_nbytes(jax.ShapeDtypeStruct((8,), x.dtype))
+    return _dtype_bits(x.dtype)
+
+
+@functools.cache
+def _dtype_bits(dtype: Any) -> int:
+    return leaf_nbytes(jax.ShapeDtypeStruct((8,), dtype))
 
 
 def _wider(op: Op) -> str:
@@ -152,8 +163,7 @@ def _wider(op: Op) -> str:
 
 def _computed_in(op: Op) -> str:
     """The dtype of an elementwise operation: its operands', of the widest of them where they differ."""
-    typed = [x for x in op.inputs if jnp.issubdtype(x.dtype, jnp.number)]
-    return _name(max(typed or op.outputs, key=_bits))
+    return _name(max((*op.inputs, op.outputs[-1]) if op.name == "select_n" else op.inputs, key=_bits))
 
 
 def _elementwise(flops: int, transcendentals: int) -> Formula:
@@ -184,6 +194,22 @@ def _dot(op: Op) -> Work:
     depth = math.prod(op.inputs[0].shape[dim] for dim in contract)
     # Without a contraction it multiplies and adds nothing up.
     return Work((2 * depth if contract else 1) * _size(op.outputs[0]), 0, _wider(op), product=True)
+
+
+def _scaled_product(op: Op) -> Work:
+    """A product of scaled blocks, [B, M, K] and [B, N, K]; the scales are not counted."""
+    return Work(2 * _size(op.outputs[0]) * op.inputs[0].shape[-1], 0, _wider(op), product=True)
+
+
+def _library_attention(products: int) -> Formula:
+    """Attention as a library computes it: so many products of queries with keys, the mask not taken into account."""
+
+    def rule(op: Op) -> Work:
+        query, key = op.inputs[0], op.inputs[1]
+        sequence = key.shape[1 if op.attributes["layout"] == 0 else 2]
+        return Work(2 * products * _size(query) * sequence, 0, _name(query), product=True)
+
+    return rule
 
 
 def _ragged_dot(op: Op) -> Work:
@@ -359,15 +385,21 @@ def _pallas(op: Op) -> Work | Unknown:
 
 MOVES = named(
     "broadcast_in_dim reshape transpose squeeze expand_dims iota pad concatenate slice dynamic_slice gather rev "
-    "copy copy_p split dynamic_update_slice stack unstack tile"
+    "copy copy_p split dynamic_update_slice stack unstack tile broadcast_to"
 )
 """Operations that move data and compute nothing."""
 
 NAMING = named(
     "name optimization_barrier sharding_constraint reshard mesh_cast pvary pcast stop_gradient device_put "
-    "random_wrap random_unwrap layout_constraint reduced_vary_cast core_pvary"
+    "random_wrap random_unwrap random_clone layout_constraint with_memory_space_constraint reduced_vary_cast "
+    "reduced_vary_cast_p vary_unreduced_cast_p core_pvary pin unpin from_edtype to_edtype multiple_of"
 )
 """Operations that hand their operands on and neither compute nor move anything by themselves."""
+
+_ASIDE = named(
+    "axis_index platform_index create_token after_all random_seed empty empty2 iota_2x32_shape debug_callback debug_print "
+    "inspect_sharding shape_assertion check unreachable dimension_size dim_as_value lu_pivots_to_permutation"
+)
 
 SCATTERS = named("scatter scatter-add scatter-sub scatter-mul scatter-min scatter-max")
 """Operations that change parts of an array."""
@@ -388,10 +420,14 @@ RULES: dict[str, Formula] = {
     "convert_element_type": _convert,
     "integer_pow": _integer_power,
     **dict.fromkeys(MOVES | NAMING | _MOVING_COLLECTIVES, _nothing),
-    **dict.fromkeys(named("axis_index create_token after_all random_seed empty empty2"), _nothing),
+    **dict.fromkeys(_ASIDE, _nothing),
     **dict.fromkeys(_ADDING_COLLECTIVES, _collective),
     "dot_general": _dot,
     "ragged_dot_general": _ragged_dot,
+    "scaled_dot": _dot,
+    "scaled_matmul_wrapper": _scaled_product,
+    "dot_product_attention_fwd_wrapper": _library_attention(2),
+    "dot_product_attention_bwd_wrapper": _library_attention(5),
     "conv_general_dilated": _convolution,
     **dict.fromkeys(_PLAIN_REDUCTIONS, _reduce(1)),
     "reduce": _general_reduce,

@@ -53,7 +53,7 @@ def _largest(flops: Mapping[str, int]) -> list[tuple[str, int]]:
 def _time_lines(cost: Cost, time: Time) -> list[str]:
     parts = f"computing {seconds_text(time.compute_seconds)}, moving {seconds_text(time.memory_seconds)}"
     rows = [
-        ("at least", f"{seconds_text(time.seconds)} a call on one device of {cost.target}, kernel by kernel"),
+        ("at least", f"{seconds_text(time.seconds)} a call, kernel by kernel, if one device of {cost.target} does all"),
         ("  no less than", f"{seconds_text(time.bound_seconds)} ({parts})"),
     ]
     return [f"  {name:<17}{value}" for name, value in rows] + [f"    {text}" for text in time.assumptions]

@@ -4,8 +4,9 @@ A simple model of what XLA's fusion does, the same for every backend:
 
 1. Operations that compute or move element by element fuse into the operation that reads them. A result that is read
    inside of one kernel alone is never in memory.
-2. A result that several kernels read is written once and read by each, unless it is cheap (a broadcast, an iota, a
-   conversion, a comparison, an addition): then each computes it again. What is expensive is never computed twice.
+2. A result that several kernels read is written once and read by each, unless it is cheap (no transcendental function,
+   division, gather, ...) and reading its operands in each moves no more: then each computes it again. So broadcasts,
+   iotas and conversions to wider types are never in memory.
 3. Reductions fuse what they read, and write their result. Products, convolutions, sorts, scatters and whatever a
    library computes read their operands from memory and write their results. What follows a product is a kernel of its
    own: a backend that fuses it as well moves less.
@@ -18,9 +19,12 @@ What nobody reads is not computed. Nothing stays in a cache from one kernel to t
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
+
+import jax
 
 from compax import _jax
 from compax.analysis import cost_rules
@@ -40,7 +44,7 @@ _EXPENSIVE = (
 _PRODUCTS = frozenset(("dot_general", "conv_general_dilated", "ragged_dot_general"))
 _INLINED = cost_rules.named(
     "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr "
-    "custom_lin composite linear_call custom_linear_solve"
+    "custom_lin composite linear_call custom_linear_solve call custom_vmap_call"
 )
 
 
@@ -70,8 +74,7 @@ class Kernel:
     """Operations that run as one, once.
 
     Attributes:
-        root: the operation whose result it writes.
-        path: where that stands.
+        members: its operations in order, each with where it stands; it writes the result of the last one.
         products: floating-point operations of products by dtype: what a matrix unit computes.
         others: all other floating-point operations, and transcendental functions; what is computed again counts again.
         bytes: bytes that it reads and writes.
@@ -79,13 +82,17 @@ class Kernel:
         devices: on how many devices it runs.
     """
 
-    root: Op
-    path: Path
+    members: tuple[tuple[Op, Path], ...]
     products: tuple[tuple[str, int], ...]
     others: int
     bytes: int
     times: int = 1
     devices: int = 1
+
+    @property
+    def root(self) -> tuple[Op, Path]:
+        """The operation whose result it writes."""
+        return self.members[-1]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,7 +133,12 @@ class Region:
                 for x in self.items
             ),
             tuple(
-                dataclasses.replace(x, path=(*prefix, *x.path), times=x.times * times, devices=x.devices * devices)
+                dataclasses.replace(
+                    x,
+                    members=tuple((op, (*prefix, *path)) for op, path in x.members),
+                    times=x.times * times,
+                    devices=x.devices * devices,
+                )
                 for x in self.kernels
             ),
             tuple(dataclasses.replace(x, path=(*prefix, *x.path)) for x in self.notes),
@@ -183,7 +195,7 @@ class _Flat:
         self.outputs = self.flatten(graph, inputs, ())
 
     def value(self, x: Any) -> int:
-        self.sizes.append(leaf_nbytes(x) if x.dtype is not None else 0)
+        self.sizes.append(_array_bytes(x.shape, x.dtype))
         return len(self.sizes) - 1
 
     # -- Flattening ---------------------------------------------------------------------------------------------------
@@ -309,7 +321,14 @@ class _Flat:
         if any(not _fuses(self.steps[reader].op, place) for reader, place in read):
             return {number}
         kernels = {kernel for reader, _ in read for kernel in self.steps[reader].kernels}
-        return kernels if len(kernels) == 1 or step.op.name not in _EXPENSIVE else {number}
+        return kernels if len(kernels) == 1 or self.again(step, len(kernels)) else {number}
+
+    def again(self, step: _Step, times: int) -> bool:
+        """Whether to compute a result in each of several kernels rather than once, and write it for them."""
+        if step.op.name in _EXPENSIVE:
+            return False
+        read = sum(self.sizes[x] for x in set(step.inputs) - {_UNTYPED})
+        return read * times <= read + self.sizes[step.outputs[0]] * (1 + times)
 
     def kernel(self, root: int, numbers: Sequence[int]) -> Kernel:
         products: dict[str, int] = {}
@@ -331,7 +350,8 @@ class _Flat:
         last = self.steps[root]
         stated = last.work.bytes if isinstance(last.work, Work) else None
         moved = stated if stated is not None else sum(reads.values()) + self.written(last)
-        return Kernel(last.op, last.path, tuple(sorted(products.items())), others, moved)
+        members = tuple((self.steps[number].op, self.steps[number].path) for number in numbers)
+        return Kernel(members, tuple(sorted(products.items())), others, moved)
 
     def unfused(self, step: _Step) -> int:
         if isinstance(step.work, Work) and step.work.bytes is not None:
@@ -356,7 +376,13 @@ class _Flat:
     def update(self, step: _Step) -> int:
         """Bytes of the part that a step changes in place."""
         place = 1 if step.op.name == "dynamic_update_slice" else 2
-        return leaf_nbytes(step.op.inputs[place])
+        x = step.op.inputs[place]
+        return _array_bytes(x.shape, x.dtype)
+
+
+@functools.cache
+def _array_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    return leaf_nbytes(jax.ShapeDtypeStruct(shape, dtype)) if dtype is not None else 0
 
 
 def _is_view(op: Op) -> bool:
