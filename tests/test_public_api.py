@@ -30,7 +30,16 @@ PUBLIC: dict[str, list[str]] = {
         "smollm2_path",
     ],
     "compax.passes": ["Cast", "Freeze", "Quantize"],
-    "compax.tpu": [],
+    "compax.tpu": [
+        "Built",
+        "Compiled",
+        "Memory",
+        "Request",
+        "Shortage",
+        "compile_for",
+        "make_mesh",
+        "parse_mesh",
+    ],
 }
 
 

@@ -57,10 +57,18 @@ def main(arguments: list[str]) -> int:
     os.dup2(2, 1)
     request = json.loads(request_path.read_text("utf-8"))
     result = work(request, lambda phase: print(json.dumps({"phase": phase}), file=tell_stream, flush=True))
-    partial = result_path.with_suffix(".partial")
-    partial.write_text(json.dumps(result), encoding="utf-8")
-    partial.replace(result_path)
+    _write(result_path, json.dumps(result))
     return 0
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def work(request: Mapping[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
@@ -133,7 +141,7 @@ def _compiled(request: Mapping[str, Any], clock: _Clock, result: dict[str, Any])
     clock.begin("read")
     text = compiled.as_text() or ""
     if request["hlo"]:
-        pathlib.Path(request["hlo"]).write_text(text, encoding="utf-8")
+        _write(pathlib.Path(request["hlo"]), text)
     return read(text, compiled.memory_analysis())
 
 

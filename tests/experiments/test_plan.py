@@ -1,0 +1,219 @@
+"""`compax plan` on eight CPU devices that a child process fakes: figures, files, errors; the text, the page."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from compax.analysis.hlo import Collective
+from compax.errors import CompileError, ConfigError, MemoryLimitError
+from compax.experiments import plan, plan_text
+from compax.experiments.cli import main
+from compax.experiments.console import Console
+from compax.experiments.plan_advice import shortage_text
+from compax.experiments.plan_page import page
+from compax.experiments.plan_report import collective_seconds
+from compax.target import Target
+from compax.tpu import Shortage
+from plans import COMPILED, GB, report, short
+
+
+@pytest.fixture
+def planned(experiment, tmp_path, capsys) -> tuple[dict, str, str]:
+    """A plan on eight CPU devices: its JSON, its page, and what was printed."""
+    path = experiment(
+        data__batch_size=8, model__overrides__scan=True, model__overrides__num_layers=3, model__overrides__tied=False
+    )
+    figures, site = tmp_path / "plan.json", tmp_path / "plan.html"
+    arguments = ["plan", f"--config={path}", "--topology=cpu", "--mesh=data=8", f"--json={figures}", f"--html={site}"]
+    assert main(arguments) == 0
+    assert sorted(path.name for path in tmp_path.iterdir() if "plan" in path.name) == ["plan.html", "plan.json"]
+    return json.loads(figures.read_text()), site.read_text(), capsys.readouterr().out
+
+
+def test_a_plan_of_a_train_step(planned):
+    figures, site, printed = planned
+    assert figures["fits"] is True
+    assert figures["mesh"] == {"data": 8}
+    # Products of parameters and of attention, forward and twice backward.
+    layer = 16 * 16 * 2 + 2 * 16 * 8 + 3 * 16 * 24
+    tokens, heads = 8 * 16, 4 * 4
+    forward = 2 * tokens * (3 * layer + 16 * 260) + 3 * 2 * 2 * tokens * 16 * heads
+    assert figures["flops"]["predicted"]["model"] == 3 * forward
+    assert sum(figures["flops"]["compiled"]["device"].values()) * 8 == pytest.approx(3 * forward, rel=0.02)
+    predicted, compiled = figures["memory"]["predicted"], figures["memory"]["compiled"]
+    assert predicted["parameters"] == 4 * figures["parameters"]
+    assert predicted["optimizer"] == pytest.approx(2 * predicted["parameters"], rel=0.01)
+    assert compiled["arguments"] == pytest.approx(predicted["arguments"], rel=0.01)
+    reduced = figures["collectives"]["compiled"]["all-reduce"]
+    assert reduced["bytes"] == pytest.approx(figures["collectives"]["predicted"]["bytes"]["all-reduce"], rel=0.15)
+    assert set(figures["compiling"]["measured"]["seconds"]) >= {"build", "compile"}
+    assert "fits: yes" in printed
+    assert max(map(len, printed.splitlines())) <= 100
+    assert "http" not in site.replace("http://www.w3.org", "")
+    assert "<svg" in site
+
+
+def test_the_state_comes_back_as_it_went_in(planned):
+    # Donated buffers are reused: nothing but the metrics needs memory of its own.
+    assert planned[0]["memory"]["compiled"]["outputs"] < 1024
+
+
+def test_parameters_that_are_split(experiment, tmp_path):
+    rules = "('blocks.**.up.kernel: data,model', 'embed.**: model,data')"
+    path = experiment(data__batch_size=8, sharding__params=rules)
+    figures = tmp_path / "plan.json"
+    assert main(["plan", f"--config={path}", "--topology=cpu", "--mesh=data=2,model=2", f"--json={figures}"]) == 0
+    found = json.loads(figures.read_text())
+    specs = {each["path"]: each["spec"] for each in found["largest_parameters"]}
+    assert specs["embed.embedding"] == "model,data"
+    assert found["memory"]["predicted"]["parameters"] < 4 * found["parameters"]
+    assert "all-gather" in found["collectives"]["predicted"]["bytes"]
+
+
+def test_the_loss_alone(experiment, tmp_path):
+    path, figures = experiment(data__batch_size=8), tmp_path / "plan.json"
+    arguments = ["--topology=cpu", "--mesh=data=8", "--forward", f"--json={figures}", "--sequence=32"]
+    assert main(["plan", f"--config={path}", *arguments]) == 0
+    found = json.loads(figures.read_text())
+    assert (found["entry"], found["sequence_length"]) == ("eval", 32)
+    assert found["memory"]["predicted"]["optimizer"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no slice to plan for: give --topology=v5e:4x4"),
+        (["--topology=v5f:4x4"], "did you mean v5p or v5e"),
+        (["--topology=v5e:3x4"], "v5e has no such slice"),
+        (["--topology=v5e:4x4", "--mesh=data=8"], "is of 8 devices, v5e:4x4 has 16"),
+        (["--topology=cpu", "--mesh=data=8", "--batch=6"], "a micro-batch of 6 sequence(s) does not divide"),
+        (["--topology=cpu", "--mesh=x=8", "--batch=8"], "sharding.batch names the mesh axis 'data', the mesh has x"),
+        (["--topology=h100:8", "--mesh=data=8"], "only slices of TPUs have a compiler"),
+        (["--topology=cpu", "--mesh=data=4", "--json=nowhere/plan.json"], "there is no folder"),
+        (["--topology=cpu", "--mesh=data=4", "--batch=many"], "expected a whole number"),
+    ],
+)
+def test_errors_are_one_line_and_write_nothing(arguments, message, experiment, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = experiment()
+    before = set(tmp_path.rglob("*"))
+    more = [] if any("--json" in argument for argument in arguments) else ["--json=plan.json"]
+    assert main(["plan", f"--config={path}", *arguments, *more]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_child_that_dies_leaves_no_report(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setattr(plan, "BUILDER", "builders:killed")
+    options = plan.Options(topology="cpu", mesh="data=2", json=str(tmp_path / "a"), html=str(tmp_path / "b"))
+    with pytest.raises(CompileError, match="SIGKILL"):
+        plan.plan(config, options, Console())
+    assert not list(tmp_path.glob("[ab]"))
+
+
+# -- What follows from the figures ------------------------------------------------------------------------------------
+
+
+def test_the_time_of_a_step():
+    found, target = report(), Target.parse("v5e:4x4")
+    times = found.times
+    assert times is not None
+    assert times.compute == pytest.approx(13e12 / target.rate("bfloat16").flops_per_second)
+    assert times.memory == pytest.approx(60e9 / target.device_memory_bandwidth)
+    assert times.waits == pytest.approx(target.collective_seconds("all-reduce", 4 * GB, 16))
+    assert times.hidden == pytest.approx(2 * target.collective_seconds("all-gather", GB, 4))
+    assert times.step == max(times.compute, times.memory, times.hidden) + times.waits
+
+
+def test_what_training_costs():
+    found, chip = report(), Target.parse("v5e").chip
+    economy, times = found.economy(), found.times
+    assert economy is not None
+    assert times is not None
+    seconds = 20e9 / (16 * 2048) * times.step
+    assert economy.tokens_per_second == pytest.approx(16 * 2048 / times.step)
+    assert economy.days == pytest.approx(seconds / 86400)
+    assert economy.money == pytest.approx(seconds / 3600 * 16 * chip.price_per_hour)
+    assert 0 < economy.mfu < 1
+
+
+def test_groups_between_slices_take_both_networks():
+    target = Target.parse("v5e:4x4*2")
+    inside = Collective("all-reduce", GB, 16, 16, 1, False, "", "")
+    across = dataclasses.replace(inside, group_size=32, span=32)
+    assert collective_seconds(target, inside) == target.collective_seconds("all-reduce", GB, 16)
+    both = target.collective_seconds("all-reduce", GB, 16) + target.collective_seconds(
+        "all-reduce", GB / 16, 2, over="dcn"
+    )
+    assert collective_seconds(target, across) == pytest.approx(both)
+
+
+def test_links_that_nobody_knows():
+    assert collective_seconds(Target.parse("cpu"), COMPILED.collectives[0]) is None
+
+
+# -- What does not fit ------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_might_help(config):
+    told = shortage_text(short(61.0, temporaries=False), config)
+    assert "needs 61.0 GB of 17.0 GB on a chip, 44.0 GB too much (compiled)" in told
+    assert "model.overrides.remat=true" in told
+    assert "the optimizer's state split over data" in told
+    assert told.count("predicted)") >= 2
+    assert "\n" not in told
+
+
+def test_a_smaller_batch_is_proposed_where_there_is_one(config):
+    found = dataclasses.replace(short(18.5, temporaries=False), batch_size=64)
+    told = shortage_text(found, config)
+    assert "--batch=16 (" in told
+    assert "4 times the chips" not in shortage_text(short(24.0, temporaries=False), config)
+
+
+def test_a_plan_that_does_not_fit_is_written_and_ends_in_an_error(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "make_report", lambda config, options, tell: short(30.0, temporaries=True))
+    figures, site = tmp_path / "plan.json", tmp_path / "plan.html"
+    with pytest.raises(MemoryLimitError, match="temporaries alone need"):
+        plan.plan(config, plan.Options(json=str(figures), html=str(site)), Console())
+    found = json.loads(figures.read_text())
+    assert (found["fits"], found["time"], found["training"]) == (False, None, None)
+    assert found["shortage"]["needed"] == 30 * GB
+    assert "fits: no" in site.read_text()
+
+
+def test_a_shortage_without_figures_says_what_the_compiler_said(config):
+    found = report(memory=None, shortage=Shortage("RESOURCE_EXHAUSTED: too much\nmore", None, None))
+    assert shortage_text(found, config).endswith("does not fit: RESOURCE_EXHAUSTED: too much")
+    assert "fits: no (compiled)" in "\n".join(plan_text.head(found))
+
+
+# -- Text and page ----------------------------------------------------------------------------------------------------
+
+
+def test_the_text_fits_in_100_columns(capsys):
+    plan_text.show(report(), Console())
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    for word in ("predicted", "compiled", "measured", "all-reduce", "MFU", "US dollars", "kWh"):
+        assert word in printed
+
+
+def test_every_figure_says_how_it_was_come_by():
+    text = page([report()])
+    for heading in ("one step (compiled)", "Where the time goes (predicted)", "Training (predicted)"):
+        assert heading in text
+    assert text.count("<svg") == 4
+    assert "<script" not in text
+
+
+def test_files_are_whole_or_not_there(tmp_path):
+    plan.write(str(tmp_path / "a.txt"), "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    with pytest.raises(ConfigError, match="cannot be written"):
+        plan.check_writable(str(tmp_path))

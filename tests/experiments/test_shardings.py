@@ -1,0 +1,99 @@
+"""Which array has which sharding: rules, what follows them, and what is wrong with them."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+import compax
+from compax.errors import ShardingError
+from compax.experiments import shardings
+
+AXES = {"data": 2, "model": 4}
+PARAMS = {
+    "embed.embedding": jax.ShapeDtypeStruct((96, 32), jnp.float32),
+    "blocks.mlp.up.kernel": jax.ShapeDtypeStruct((2, 32, 80), jnp.float32),
+    "blocks.mlp.down.kernel": jax.ShapeDtypeStruct((2, 80, 32), jnp.float32),
+    "norm.scale": jax.ShapeDtypeStruct((32,), jnp.float32),
+}
+
+
+def test_rules_name_parameters_and_later_ones_override():
+    rules = ("blocks.**: -,data", "blocks.mlp.up.kernel: -,data,model", "embed.*: data+model,-")
+    assert shardings.parameter_specs(PARAMS, rules, AXES) == {
+        "embed.embedding": PartitionSpec(("data", "model"), None),
+        "blocks.mlp.up.kernel": PartitionSpec(None, "data", "model"),
+        "blocks.mlp.down.kernel": PartitionSpec(None, "data"),
+        "norm.scale": PartitionSpec(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("embed.embedding", "is not 'GLOB: SPEC'"),
+        ("embed.embedding:", "is not 'GLOB: SPEC'"),
+        ("embed.embedding: modle,-", "names the mesh axis 'modle', the mesh has data, model; did you mean model?"),
+        ("embed.embedding: data,data", "uses the mesh axis 'data' for two dimensions"),
+        ("embed.embeding: data,-", "embed.embedding"),
+        ("norm.scale: -,data", "2 entries for 1 dimension(s)"),
+        ("blocks.mlp.up.kernel: model,-,-", "dimension 0 is 2, which model (4) does not divide"),
+        ("blocks.mlp.up.kernel: -,-,data+model", None),
+        ("embed.embedding: -,x+data", "names the mesh axis 'x'"),
+    ],
+)
+def test_what_is_wrong_with_a_rule(rule, message):
+    if message is None:
+        assert shardings.parameter_specs(PARAMS, (rule,), AXES)
+        return
+    with pytest.raises(ShardingError) as told:
+        shardings.parameter_specs(PARAMS, (rule,), AXES)
+    assert message in str(told.value)
+    assert str(told.value).startswith("sharding.params: ")
+    assert "\n" not in str(told.value)
+
+
+def test_the_optimizer_follows_its_parameters():
+    specs = shardings.parameter_specs(PARAMS, ("blocks.mlp.up.kernel: -,data,model",), AXES)
+    state = jax.eval_shape(optax.adamw(1e-3).init, PARAMS)
+    found = shardings.follow(state, PARAMS, specs)
+    assert found[0].mu["blocks.mlp.up.kernel"] == PartitionSpec(None, "data", "model")
+    assert found[0].nu["blocks.mlp.up.kernel"] == PartitionSpec(None, "data", "model")
+    assert found[0].mu["norm.scale"] == found[0].count == PartitionSpec()
+
+
+def test_factored_moments_have_another_shape_and_stay_whole():
+    specs = shardings.parameter_specs(PARAMS, ("embed.embedding: model,-",), AXES)
+    state = jax.eval_shape(optax.adafactor(1e-3, min_dim_size_to_factor=8).init, PARAMS)
+    found = jax.tree.leaves(shardings.follow(state, PARAMS, specs))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
+    assert (96,) in shapes
+    assert all(spec == PartitionSpec() for spec, shape in zip(found, shapes, strict=True) if shape != (96, 32))
+
+
+def test_encoded_parameters_are_split_leaf_by_leaf():
+    program = compax.capture(lambda params, x: x @ params["w"], {"w": jnp.ones((64, 32))}, jnp.ones((4, 64)))
+    encoded = compax.Pipeline.parse("quantize(weights=int8)")(program).params
+    specs = shardings.parameter_specs(encoded, ("w: -,model",), AXES)
+    leaves = jax.tree.leaves(shardings.follow(encoded, encoded, specs))
+    assert len(leaves) == len(jax.tree.leaves(encoded)) > 1
+    assert PartitionSpec(None, "model") in leaves
+
+
+def test_a_batch_over_axes():
+    assert shardings.batch_spec(("data",), AXES, 6) == PartitionSpec(None, "data")
+    assert shardings.batch_spec(("data", "model"), AXES, 16) == PartitionSpec(None, ("data", "model"))
+    assert shardings.batch_spec((), AXES, 3) == PartitionSpec(None, None)
+    with pytest.raises(ShardingError, match=r"a micro-batch of 3 sequence\(s\) does not divide over data \(2\)"):
+        shardings.batch_spec(("data",), AXES, 3)
+    with pytest.raises(ShardingError, match="did you mean data"):
+        shardings.batch_spec(("dat",), AXES, 4)
+
+
+def test_bytes_of_one_device():
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    specs = shardings.parameter_specs(PARAMS, ("blocks.mlp.up.kernel: -,data,model",), AXES)
+    placed = shardings.abstract(mesh, PARAMS, shardings.follow(PARAMS, PARAMS, specs))
+    expected = 4 * (96 * 32 + 2 * 32 * 80 // 8 + 2 * 80 * 32 + 32)
+    assert shardings.device_bytes(placed) == expected
