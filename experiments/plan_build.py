@@ -84,7 +84,7 @@ def build(mesh: Mesh, arguments: Mapping[str, Any]) -> Built:
     vocabulary = config.tokenizer.vocabulary
     program = programs.build_program(config, vocabulary, abstract=True)
     axes = dict(mesh.shape)
-    specs = shardings.parameter_specs(program.params, config.sharding.params, axes)
+    specs = shardings.parameter_specs(program.params, config.sharding.params, axes, program.placement.specs)
     batch_axes = config.sharding.batch
     tokens_spec = shardings.batch_spec(batch_axes, axes, programs.micro_batch(config))
     shape = (config.optimizer.accumulation, programs.micro_batch(config), config.data.sequence_length + 1)
@@ -111,16 +111,25 @@ def abstract_state(config: Config, program: compax.Program) -> tuple[TrainState,
 def _train(
     mesh: Mesh, config: Config, program: compax.Program, specs: Mapping[str, PartitionSpec], tokens: Any
 ) -> tuple[jax.stages.Traced, tuple[TrainState, dict[str, Any]]]:
+    state: Any
     state, frozen = abstract_state(config, program)
-    params, whole = {**state.params, **frozen}, PartitionSpec()
-    placed = TrainState(
-        shardings.abstract(mesh, state.params, shardings.follow(state.params, params, specs)),
-        shardings.abstract(mesh, state.state, whole),
-        shardings.abstract(mesh, state.optimizer, shardings.follow(state.optimizer, params, specs)),
-        shardings.abstract(mesh, state.updates, whole),
-        shardings.abstract(mesh, state.skipped, whole),
+    params, placement = {**state.params, **frozen}, program.placement
+    of_state = dataclasses.replace(
+        state,
+        params=shardings.follow(state.params, params, specs),
+        state=jax.tree.map(lambda leaf: PartitionSpec(), state.state),
+        optimizer=shardings.follow(state.optimizer, params, specs),
+        updates=PartitionSpec(),
+        skipped=PartitionSpec(),
+    )
+    placed: TrainState = shardings.abstract(mesh, state, of_state)
+    placed = dataclasses.replace(
+        placed,
+        params=shardings.in_memories(placed.params, placement.memory),
+        optimizer=shardings.in_memory(placed.optimizer, placement.optimizer_memory),
     )
     kept = shardings.abstract(mesh, frozen, shardings.follow(frozen, params, specs))
+    kept = shardings.in_memories(kept, placement.memory)
     step = make_step(config, program)
 
     def train_step(state: TrainState, frozen: dict[str, Any], tokens: jax.Array) -> Any:
@@ -135,6 +144,7 @@ def _forward(
     mesh: Mesh, program: compax.Program, specs: Mapping[str, PartitionSpec], tokens: Any
 ) -> tuple[jax.stages.Traced, tuple[TrainState, dict[str, Any]]]:
     params = shardings.abstract(mesh, program.params, shardings.follow(program.params, program.params, specs))
+    params = shardings.in_memories(params, program.placement.memory)
     state = shardings.abstract(mesh, program.state, PartitionSpec())
 
     def forward(params: dict[str, Any], state: dict[str, Any], tokens: jax.Array) -> jax.Array:
@@ -142,7 +152,7 @@ def _forward(
         return loss
 
     traced = jax.jit(forward).trace(params, state, tokens)
-    nothing = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    nothing: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     return traced, (TrainState(params, state, (), nothing, nothing), {})
 
 
@@ -168,7 +178,7 @@ def _facts(
     exchanged: dict[str, int] = {}
     gradients = 0
     for path in trainable if not forward else ():
-        over = _axes_of(specs[path]).intersection(config.sharding.batch)
+        over = set(shardings.axes_of(specs[path])).intersection(config.sharding.batch)
         gathered = math.prod(mesh.shape[name] for name in over)
         gradients += sizes[path]
         _count(exchanged, path, sizes, gathered, parts, split)
@@ -210,16 +220,11 @@ def _split_bytes(state: TrainState, config: Config, mesh: Mesh) -> int:
     """Bytes of the optimizer's state on a device if it were split over the batch's axes that do not split it yet."""
     total = 0
     for leaf in jax.tree.leaves(state.optimizer):
-        used = _axes_of(leaf.sharding.spec)
+        used = shardings.axes_of(leaf.sharding.spec)
         free = math.prod(mesh.shape[name] for name in config.sharding.batch if name not in used)
         nbytes = shardings.device_bytes(leaf)
         total += nbytes // free if leaf.ndim else nbytes
     return total
-
-
-def _axes_of(spec: PartitionSpec) -> set[str]:
-    """The mesh axes that a spec uses."""
-    return {name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry)}
 
 
 def _spec_text(spec: PartitionSpec) -> str:

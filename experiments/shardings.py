@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from compax.encoding import Encoded, leaf_nbytes
 from compax.errors import EncodingError, SelectorError, ShardingError
+from compax.placement import DEVICE
 from compax.selectors import select
 from compax.tpu.topology import check_axis
 
@@ -74,7 +75,10 @@ class _Path:
 
 
 def parameter_specs(
-    params: Mapping[str, Any], rules: Sequence[str], axes: Mapping[str, int]
+    params: Mapping[str, Any],
+    rules: Sequence[str],
+    axes: Mapping[str, int],
+    placed: Mapping[str, PartitionSpec] | None = None,
 ) -> dict[str, PartitionSpec]:
     """The spec of each parameter.
 
@@ -82,12 +86,17 @@ def parameter_specs(
         params: by path: arrays, shapes or encodings.
         rules: texts, as the module describes them.
         axes: of the mesh: sizes by name.
+        placed: specs by path that passes chose (`Program.placement`); rules override them.
 
     Raises:
         ShardingError: a rule is malformed, matches nothing, has more entries than a parameter has dimensions, or
             splits a dimension that does not divide.
     """
     specs = dict.fromkeys(params, PartitionSpec())
+    for path, spec in (placed or {}).items():
+        for name in axes_of(spec):
+            check_axis(name, axes, f"the program's placement of {path}")
+        specs[path] = spec
     for rule in (Rule.parse(text, axes) for text in rules):
         try:
             matched = [path.name for path in select(rule.glob, map(_Path, params), what="parameter")]
@@ -192,6 +201,27 @@ def abstract(mesh: Mesh, tree: Any, specs: Any) -> Any:
     return jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)), tree, specs
     )
+
+
+def in_memory(tree: Any, kind: str) -> Any:
+    """Shapes with shardings, put into a memory of their devices."""
+    if kind == DEVICE:
+        return tree
+
+    def put(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(kind))
+
+    return jax.tree.map(put, tree)
+
+
+def in_memories(params: Mapping[str, Any], memory: Mapping[str, str]) -> dict[str, Any]:
+    """Parameters with shardings, each in the memory that is named for its path."""
+    return {path: in_memory(value, memory.get(path, DEVICE)) for path, value in params.items()}
+
+
+def axes_of(spec: PartitionSpec) -> list[str]:
+    """The mesh axes that a spec uses."""
+    return [name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry)]
 
 
 def device_bytes(tree: Any) -> int:
