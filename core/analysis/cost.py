@@ -256,9 +256,9 @@ def graph_cost(
         phase: the phase of a train step that an operation is in; by default none.
         input_bytes: bytes of the inputs by what they are; by default all are arguments.
         name: what to call it.
-        target: what it is meant for.
+        target: what it is meant for: its platform says how operations fuse.
     """
-    region = find_kernels(graph)
+    region = find_kernels(graph, epilogues=target is not None and target.chip.platform == "tpu")
     owner = owner or (lambda op, path: UNOWNED)
     total = _Sum()
     by_owner: dict[str, _Sum] = collections.defaultdict(_Sum)

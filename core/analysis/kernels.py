@@ -1,6 +1,6 @@
 """Kernels: which operations of a graph run together, and what each group reads from memory and writes to it.
 
-A simple model of what XLA's fusion does, the same for every backend:
+A simple model of what XLA's fusion does:
 
 1. Operations that compute or move element by element fuse into the operation that reads them. A result that is read
    inside of one kernel alone is never in memory.
@@ -8,8 +8,9 @@ A simple model of what XLA's fusion does, the same for every backend:
    division, gather, ...) and reading its operands in each moves no more: then each computes it again. So broadcasts,
    iotas and conversions to wider types are never in memory.
 3. Reductions fuse what they read, and write their result. Products, convolutions, sorts, scatters and whatever a
-   library computes read their operands from memory and write their results. What follows a product is a kernel of its
-   own: a backend that fuses it as well moves less.
+   library computes read their operands from memory and write their results. Where the backend has epilogues (a TPU), a
+   product fuses into the elementwise operations that alone read it, one product in a kernel; elsewhere what follows a
+   product is a kernel of its own.
 4. Reshapes are free, and so are transposes that a product reads. A slice or a gather reads what it returns; an update
    of a slice and a scatter work in place and move the slice.
 5. Bodies of `jit`, `remat` and custom derivatives are part of the graph around them. Those of loops and branches are
@@ -145,9 +146,14 @@ class Region:
         )
 
 
-def find_kernels(graph: Graph) -> Region:
-    """The operations of a graph, bodies included, and the kernels that they run as."""
-    return _Finder().region(graph)
+def find_kernels(graph: Graph, *, epilogues: bool = False) -> Region:
+    """The operations of a graph, bodies included, and the kernels that they run as.
+
+    Args:
+        graph: the graph.
+        epilogues: whether elementwise operations fuse into the product that they read.
+    """
+    return _Finder(epilogues).region(graph)
 
 
 @dataclasses.dataclass(slots=True)
@@ -167,7 +173,8 @@ class _Step:
 class _Finder:
     """Regions by graph, so that a body that many operations share is looked at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, epilogues: bool) -> None:
+        self.epilogues = epilogues
         self.regions: dict[int, Region] = {}
         self.works: dict[Op, Work | Unknown] = {}
 
@@ -191,6 +198,7 @@ class _Flat:
         self.sizes: list[int] = []
         self.notes: list[Note] = []
         self.before_transpose: dict[int, int] = {}
+        self.with_product: set[int] = set()
         inputs = [self.value(x) for x in graph.inputs]
         self.outputs = self.flatten(graph, inputs, ())
 
@@ -316,12 +324,21 @@ class _Flat:
                     readers.setdefault(x, []).append((number, place))
 
     def kernels_of(self, number: int, step: _Step, read: Sequence[tuple[int, int]], returned: bool) -> set[int]:
-        if step.op.name not in _FUSIBLE or returned:
+        if returned or (step.op.name not in _FUSIBLE and not self.may_have_epilogue(step)):
             return {number}
         if any(not _fuses(self.steps[reader].op, place) for reader, place in read):
             return {number}
         kernels = {kernel for reader, _ in read for kernel in self.steps[reader].kernels}
+        if step.op.name in _PRODUCTS:
+            (root, *others) = kernels
+            if others or root in self.with_product or self.steps[root].op.name not in _FUSIBLE:
+                return {number}
+            self.with_product.add(root)
+            return kernels
         return kernels if len(kernels) == 1 or self.again(step, len(kernels)) else {number}
+
+    def may_have_epilogue(self, step: _Step) -> bool:
+        return self.finder.epilogues and step.op.name in _PRODUCTS
 
     def again(self, step: _Step, times: int) -> bool:
         """Whether to compute a result in each of several kernels rather than once, and write it for them."""

@@ -11,7 +11,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, PartitionSpec
 
+from compax import ir
 from compax.analysis.cost import Cost, function_cost
+from compax.analysis.kernels import find_kernels
 
 N = 64
 ARRAY = N * N * 4
@@ -96,6 +98,18 @@ def test_a_product_reads_its_operands_and_writes_its_result() -> None:
     result = cost(lambda x: jnp.tanh((x + 1) @ x.T))
     assert result.bytes_fused / ARRAY == (1 + 1) + (1 + 1 + 1) + (1 + 1)
     assert result.product_flops == 2 * N**3
+
+
+def test_where_there_are_epilogues_a_product_fuses_into_what_alone_reads_it() -> None:
+    def kernels(function: Callable[..., Any]) -> list[tuple[str, int]]:
+        graph = ir.import_jaxpr(jax.make_jaxpr(function)(X))
+        found = find_kernels(graph, epilogues=True).kernels
+        return sorted((kernel.root[0].name, kernel.bytes // ARRAY) for kernel in found)
+
+    assert kernels(lambda x: jnp.tanh(x @ x + 1)) == [("tanh", 2)]
+    assert kernels(lambda x: (x @ x) + (x @ x.T)) == [("add", 3), ("dot_general", 2)]  # one product in a kernel
+    assert kernels(lambda x: (x @ x).sum()) == [("dot_general", 2), ("reduce_sum", 1)]
+    assert kernels(lambda x: (x @ x) @ x) == [("dot_general", 2), ("dot_general", 3)]
 
 
 def test_a_transpose_is_free_for_a_product_alone() -> None:
