@@ -9,14 +9,18 @@ A simple model of what XLA's fusion does:
    iotas and conversions to wider types are never in memory.
 3. Reductions fuse what they read, and write their result. Products, convolutions, sorts, scatters and whatever a
    library computes read their operands from memory and write their results. Where the backend has epilogues (a TPU), a
-   product fuses into the elementwise operations that alone read it, one product in a kernel; elsewhere what follows a
-   product is a kernel of its own.
+   product fuses into the elementwise operations that alone read it, one product in a kernel, and a reduction runs in
+   the kernel that writes what it reads; elsewhere what follows a product, and every reduction, is a kernel of its own.
 4. Reshapes are free, and so are transposes that a product reads. A slice or a gather reads what it returns; an update
    of a slice and a scatter work in place and move the slice.
 5. Bodies of `jit`, `remat` and custom derivatives are part of the graph around them. Those of loops and branches are
    not: what crosses their border is in memory.
 
 What nobody reads is not computed. Nothing stays in a cache from one kernel to the next.
+
+Beside the bytes that XLA's compilers count (jax 0.10.2, libtpu 0.0.42, 2026-11): on the CPU 0.9 to 1.15 times as many for
+the forward passes of tiny models and 0.6 to 0.9 for their gradients; on v5e, decoders of 4 and 28 million parameters,
+1.6 times for forward passes, whose softmax it divides inside of the product, and 0.7 to 1.05 for gradients.
 """
 
 import dataclasses
@@ -151,7 +155,7 @@ def find_kernels(graph: Graph, *, epilogues: bool = False) -> Region:
 
     Args:
         graph: the graph.
-        epilogues: whether elementwise operations fuse into the product that they read.
+        epilogues: whether elementwise operations and reductions fuse into what writes their operand.
     """
     return _Finder(epilogues).region(graph)
 
@@ -201,6 +205,7 @@ class _Flat:
         self.with_product: set[int] = set()
         inputs = [self.value(x) for x in graph.inputs]
         self.outputs = self.flatten(graph, inputs, ())
+        self.writer = {x: number for number, step in enumerate(self.steps) for x in step.outputs}
 
     def value(self, x: Any) -> int:
         self.sizes.append(_array_bytes(x.shape, x.dtype))
@@ -365,10 +370,21 @@ class _Flat:
                     # Two parts of one array are read apart; the whole of it once.
                     reads[x] = min(self.sizes[x], reads.get(x, 0) + self.read(step, place))
         last = self.steps[root]
+        if self.finder.epilogues and last.op.name in cost_rules.REDUCTIONS:
+            reads = self.without_what_is_at_hand(reads)
         stated = last.work.bytes if isinstance(last.work, Work) else None
         moved = stated if stated is not None else sum(reads.values()) + self.written(last)
         members = tuple((self.steps[number].op, self.steps[number].path) for number in numbers)
         return Kernel(members, tuple(sorted(products.items())), others, moved)
+
+    def without_what_is_at_hand(self, reads: dict[int, int]) -> dict[int, int]:
+        """What a reduction reads when it runs in the kernel that writes its operand, if all else was there before."""
+        written = {x: self.writer[x] for x in reads if x in self.writer}
+        if not written:
+            return reads
+        last = max(written, key=lambda x: written[x])
+        fuses = self.steps[written[last]].op.name in _FUSIBLE | _PRODUCTS
+        return {x: size for x, size in reads.items() if x != last} if fuses else reads
 
     def unfused(self, step: _Step) -> int:
         if isinstance(step.work, Work) and step.work.bytes is not None:
