@@ -42,7 +42,8 @@ class Part:
         flops_by_dtype: all of them by what they compute in, such as "float32".
         transcendentals: transcendental functions.
         bytes_unfused: bytes moved if each operation read its operands and wrote its results.
-        bytes_fused: bytes moved by kernels; one that holds operations of several owners is the last one's.
+        bytes_fused: bytes moved by kernels; one that holds operations of several owners is the product's, or else the
+            last one's.
         count: operations, each counted as often as it runs.
     """
 
@@ -274,7 +275,7 @@ def graph_cost(
             sum_.item(item)
     groups: collections.Counter[Group] = collections.Counter()
     for kernel in region.kernels:
-        owners = (owner(op, path) for op, path in reversed(kernel.members))
+        owners = (owner(op, path) for op, path in kernel.leading)
         belongs, (root, path) = next(filter(None, owners), UNOWNED), kernel.root
         groups[Group(belongs, root.name, kernel.products, kernel.others, kernel.bytes, 0)] += kernel.times
         for sum_ in sums(belongs, root, path):

@@ -18,9 +18,9 @@ A simple model of what XLA's fusion does:
 
 What nobody reads is not computed. Nothing stays in a cache from one kernel to the next.
 
-Beside the bytes that XLA's compilers count (jax 0.10.2, libtpu 0.0.42, 2026-11): on the CPU 0.9 to 1.15 times as many for
-the forward passes of tiny models and 0.6 to 0.9 for their gradients; on v5e, decoders of 4 and 28 million parameters,
-1.6 times for forward passes, whose softmax it divides inside of the product, and 0.7 to 1.05 for gradients.
+Beside the bytes that XLA's compilers count (jax 0.10.2, libtpu 0.0.42, 2026-11): on the CPU 0.9 to 1.15 times as many
+for the forward passes of tiny models and 0.6 to 0.9 for their gradients; on v5e, decoders of 4 and 28 million
+parameters, 1.6 times for forward passes, whose softmax it divides inside of the product, and 0.7 to 1.05 for gradients.
 """
 
 import dataclasses
@@ -93,6 +93,11 @@ class Kernel:
     bytes: int
     times: int = 1
     devices: int = 1
+
+    @property
+    def leading(self) -> list[tuple[Op, Path]]:
+        """Its operations, what it is there for first: products, then from the last one back."""
+        return sorted(reversed(self.members), key=lambda member: member[0].name not in _PRODUCTS)
 
     @property
     def root(self) -> tuple[Op, Path]:
