@@ -97,7 +97,7 @@ class Kernel:
     @property
     def leading(self) -> list[tuple[Op, Path]]:
         """Its operations, what it is there for first: products, then from the last one back."""
-        return sorted(reversed(self.members), key=lambda member: member[0].name not in _PRODUCTS)
+        return sorted(self.members[::-1], key=lambda member: member[0].name not in _PRODUCTS)
 
     @property
     def root(self) -> tuple[Op, Path]:
