@@ -97,7 +97,9 @@ class Kernel:
     @property
     def leading(self) -> list[tuple[Op, Path]]:
         """Its operations, what it is there for first: products, then from the last one back."""
-        return sorted(self.members[::-1], key=lambda member: member[0].name not in _PRODUCTS)
+        backwards = self.members[::-1]
+        products = [member for member in backwards if member[0].name in _PRODUCTS]
+        return [*products, *(member for member in backwards if member[0].name not in _PRODUCTS)]
 
     @property
     def root(self) -> tuple[Op, Path]:
