@@ -398,7 +398,8 @@ NAMING = named(
 
 _ASIDE = named(
     "axis_index platform_index create_token after_all random_seed empty empty2 iota_2x32_shape debug_callback "
-    "debug_print inspect_sharding shape_assertion check unreachable dimension_size dim_as_value lu_pivots_to_permutation"
+    "debug_print inspect_sharding shape_assertion check unreachable dimension_size dim_as_value "
+    "lu_pivots_to_permutation"
 )
 
 SCATTERS = named("scatter scatter-add scatter-sub scatter-mul scatter-min scatter-max")
