@@ -179,7 +179,7 @@ _LIST_PRICE = (
 )
 _TPU_SOURCES = {
     "devices_per_chip": "libtpu 0.0.42.1, topologies without devices, 2026-11",
-    "reserved_bytes": "estimate: memory less what libtpu's messages say is available, from memory, 2025",
+    "reserved_bytes": "compiled: memory less what libtpu 0.0.42.1 says is available, 2026-11",
     "network_latency_seconds": _LATENCIES,
     "price_per_hour": _LIST_PRICE,
 }
@@ -232,7 +232,6 @@ _V5E = _tpu(
         "flops": "Google Cloud, TPU v5e (197 bf16, 393 int8), 2025; int4: JAX 0.10.2, Pallas' table of TPUs",
         "vector_flops": "estimate: 8 x 128 lanes of 4 units at 1.5 GHz (How To Scale Your Model, 2025)",
         "memory_bytes": "Google Cloud, TPU v5e (16 GB, meant as GiB: JAX 0.10.2 has 17.2e9), 2025",
-        "reserved_bytes": "compiled: libtpu 0.0.42.1 says that 15.75 GiB are available, 2026-11",
         "memory_bandwidth": "Google Cloud, TPU v5e (819 GBps), 2025",
         "link": f"Google Cloud, TPU v5e (400 GBps both ways a chip, 4 ports), 2025; {_LATENCIES}",
         "shapes": "Google Cloud, TPU v5e (table of slices), 2025; rings at 16: How To Scale Your Model, 2025",
@@ -246,7 +245,7 @@ _V5P = _tpu(
     Link(kind="ici-torus3d", bytes_per_second=100e9, per_chip=6, latency_seconds=1e-6),
     _torus_3d(16, 20, 28),
     flops={"bfloat16": 459e12, "int8": 918e12, "int4": 1840e12},
-    memory=(96 * GIB, GIB // 4),
+    memory=(96 * GIB, 26 * GIB // 100),
     bandwidths=(2765e9, 6.25e9, 15e9),
     power=320.0,
     price=4.20,

@@ -184,10 +184,17 @@ def test_a_roofline_is_the_larger_of_compute_and_memory() -> None:
     assert target.roofline({"bfloat16": 197e12}, 819e9 / 2).bound == "compute"
 
 
-def test_memory_of_a_device_is_what_the_compiler_leaves() -> None:
-    assert Target.parse("v5e:4x4").device_memory_bytes == 16 * GIB - CHIPS["v5e"].reserved_bytes
-    assert Target.parse("tpu7x").device_memory_bytes == 96 * GIB - CHIPS["tpu7x"].reserved_bytes
+@pytest.mark.parametrize(
+    ("text", "gib"),
+    [("v4:2x2x1", 30.75), ("v5e:2x2", 15.75), ("v5p:2x2x1", 95.74), ("v6e:2x2", 31.25), ("tpu7x:2x2x1", 94.75)],
+)
+def test_memory_of_a_device_is_what_the_compiler_says_is_available(text: str, gib: float) -> None:
+    assert Target.parse(text).device_memory_bytes / GIB == pytest.approx(gib)
+
+
+def test_bandwidth_of_a_device_is_its_share_of_the_chip() -> None:
     assert Target.parse("tpu7x").device_memory_bandwidth == pytest.approx(3690e9)
+    assert Target.parse("v5p").device_memory_bandwidth == pytest.approx(2765e9)
 
 
 HOP, ICI = 1e-6, 50e9  # of v5e
