@@ -5,6 +5,7 @@ step, a plan for a slice) turns into shardings; nothing here touches a device be
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,12 +33,14 @@ class Placement:
             parameter it is the spec of the array that the encoding stands for.
         memory: the memory of parameters by path, one of `MEMORIES`; `DEVICE` for those that are not named.
         optimizer_memory: the memory of the optimizer's state.
+        batch: the mesh axes over which the batch is spread.
     """
 
     mesh: Mesh | AbstractMesh | None = None
     specs: Mapping[str, PartitionSpec] = dataclasses.field(default_factory=dict)
     memory: Mapping[str, str] = dataclasses.field(default_factory=dict)
     optimizer_memory: str = DEVICE
+    batch: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for kind in (self.optimizer_memory, *self.memory.values()):
@@ -45,9 +48,15 @@ class Placement:
                 raise PlacementError(f"no memory is called '{kind}'; there are: {', '.join(MEMORIES)}")
         if self.specs and self.mesh is None:
             raise PlacementError(f"'{min(self.specs)}' has a spec, but there is no mesh whose axes it names; give one")
+        axes = () if self.mesh is None else self.mesh.axis_names
+        if unknown := [name for name in self.batch if name not in axes]:
+            raise PlacementError(
+                f"the batch is spread over '{unknown[0]}', but the mesh has: {', '.join(axes) or 'none'}"
+            )
 
     def __hash__(self) -> int:
-        return hash((self.mesh, frozenset(self.specs), frozenset(self.memory.items()), self.optimizer_memory))
+        memory = frozenset(self.memory.items())
+        return hash((self.mesh, frozenset(self.specs), memory, self.optimizer_memory, self.batch))
 
     def replace(self, **changes: Any) -> "Placement":
         """A placement with some attributes replaced."""
@@ -57,6 +66,11 @@ class Placement:
     def memories(self) -> frozenset[str]:
         """The memories that it asks for, besides that of the device."""
         return frozenset({self.optimizer_memory, *self.memory.values()}) - {DEVICE}
+
+    @property
+    def batch_shards(self) -> int:
+        """Over how many devices the batch is spread."""
+        return math.prod(self.mesh.shape[name] for name in self.batch) if self.mesh is not None else 1
 
     def spec(self, path: str) -> PartitionSpec:
         """The spec of a parameter."""
