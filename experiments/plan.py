@@ -5,7 +5,7 @@ The report as JSON (`--json=FILE`); bytes, FLOPs and seconds are of one device, 
     name, target, chips, mesh {axis: size}, pipeline, entry ("train" or "eval"), batch_size, sequence_length,
     parameters, trainable (counts)
     fits             bool
-    shortage         null, or {message, needed, limit, temporaries_only}: the compiler's complaint
+    shortage         null, or {message, needed, limit}: the compiler's complaint
     memory           limit: bytes that a program can have, or null
                      predicted: {parameters, optimizer, state, batch, arguments}
                      compiled: {arguments, outputs, temporaries, code, peak, host, needed}, empty if it does not fit
@@ -18,7 +18,7 @@ The report as JSON (`--json=FILE`); bytes, FLOPs and seconds are of one device, 
                      each: [{kind, bytes, group_size, span, count, asynchronous, name, op_name, predicted_seconds}]
     time             predicted: {compute, memory, hidden, waits, step, bound}, or null
     training         tokens, predicted: {tokens_per_second, mfu, days, money (US dollars), kwh}, or null
-    compiling        measured: {seconds {phase: seconds}, host_bytes}
+    compiling        measured: {seconds {phase: seconds}, processor_seconds, host_bytes}
 
 A sweep is `{"points": [{"settings": {...}, "report": a report or null, "error": text or null}]}`.
 """

@@ -24,9 +24,8 @@ def shortage_text(report: Report, config: Config) -> str:
         lines = [line for line in shortage.message.splitlines() if line.strip()]
         return f"{what}: {lines[0] if lines else 'the compiler ran out of memory'}"
     over = shortage.needed - shortage.limit
-    parts = "temporaries alone need" if shortage.temporaries_only else "it needs"
     found = (
-        f"{what}: {parts} {bytes_text(shortage.needed)} of {bytes_text(shortage.limit)} on a chip, "
+        f"{what}: it needs {bytes_text(shortage.needed)} of {bytes_text(shortage.limit)} on a chip, "
         f"{bytes_text(over)} too much (compiled)"
     )
     return "; ".join([found, *proposals(report, config)])
@@ -44,30 +43,32 @@ def proposals(report: Report, config: Config) -> list[str]:
         return []
     fixed = facts.argument_bytes + facts.gradient_bytes
     # What grows with the batch, on one device.
-    grows = max(shortage.needed - (0 if shortage.temporaries_only else facts.argument_bytes) - facts.gradient_bytes, 0)
-    limit, found = shortage.limit, list[str]()
+    grows = max(shortage.needed - fixed, 0)
+    limit, found = shortage.limit, list[tuple[str, float]]()
     split = math.prod(report.axes[name] for name in config.sharding.batch)
     parts = config.optimizer.accumulation
 
     if not config.model.overrides.get("remat", False) and facts.entry == programs.TRAIN:
         shape = programs.model_config(config, config.tokenizer.vocabulary)
-        tokens = facts.tokens / parts / split
-        kept = shape.num_layers * tokens * shape.model_dim * 4
-        less = kept + max(grows - kept, 0) / shape.num_layers
-        found.append(f"model.overrides.remat=true ({bytes_text(fixed + less)} predicted)")
+        # A block's input in float32 at most, for each layer.
+        kept = shape.num_layers * (facts.tokens / parts / split) * shape.model_dim * 4
+        if kept < grows:
+            found.append(("model.overrides.remat=true", fixed + kept + (grows - kept) / shape.num_layers))
     if fixed < limit and grows:
         sequences = report.batch_size // parts // split
         fewer = min(int(sequences * (limit - fixed) / grows), sequences - 1)
         if fewer >= 1:
-            size = fewer * split * parts
-            found.append(f"--batch={size} ({bytes_text(fixed + grows * fewer / sequences)} predicted)")
+            found.append((f"--batch={fewer * split * parts}", fixed + grows * fewer / sequences))
         times = 2 ** math.ceil(math.log2(max(grows / (limit - fixed), 2)))
         if times * split <= report.batch_size // parts:
-            found.append(f"{times} times the chips, batch over all ({bytes_text(fixed + grows / times)} predicted)")
+            found.append((f"{times} times the chips with the batch over all of them", fixed + grows / times))
     saved = facts.optimizer_bytes - facts.optimizer_split_bytes
     if saved > facts.optimizer_bytes // 10:
-        found.append(
-            f"the optimizer's state split over {'+'.join(config.sharding.batch)} "
-            f"({bytes_text(fixed + grows - saved)} predicted), parameters with it by sharding.params"
-        )
-    return [f"what might help: {found[0]}", *found[1:]] if found else []
+        axes = "+".join(config.sharding.batch)
+        found.append((f"the optimizer's state split over {axes} (sharding.params)", fixed + grows - saved))
+    texts = [f"{words}: {bytes_text(size)} predicted{_enough(size, limit)}" for words, size in found]
+    return [f"what might help: {texts[0]}", *texts[1:]] if texts else []
+
+
+def _enough(size: float, limit: int) -> str:
+    return "" if size <= limit else ", not enough alone"

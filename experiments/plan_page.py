@@ -70,6 +70,7 @@ def _report(report: Report, *, heading: str, brief: bool) -> list[str]:
     parts = [f"<{heading}>{html.escape(lines[0])}</{heading}>"]
     parts += [f"<p>{html.escape(line)}</p>" for line in lines[1:-1]]
     parts.append(f'<p class="{fits}"><b>{html.escape(lines[-1])}</b></p>')
+    parts += [f'<p class="note">Note: {html.escape(note)}.</p>' for note in plan_text.notes(report)]
     parts += ["<h2>Memory of a device</h2>", _memory(report)]
     if brief:
         return parts
@@ -195,8 +196,7 @@ def _memory(report: Report) -> str:
         sizes["other arguments"] += max(memory.arguments - facts.argument_bytes, 0)
         sizes |= {"temporaries": memory.temporaries, "outputs": memory.outputs, "code": memory.code}
     elif shortage is not None and shortage.needed is not None:
-        arguments = 0 if shortage.temporaries_only else facts.argument_bytes
-        sizes["temporaries"] = max(shortage.needed - arguments, 0)
+        sizes["temporaries"] = max(shortage.needed - facts.argument_bytes, 0)
     parts = [(kind, float(size), bytes_text(size)) for kind, size in sizes.items() if size]
     most = max(sum(sizes.values()), limit or 0)
     mark = None if limit is None else (float(limit), f"{bytes_text(limit)} there are")
@@ -243,7 +243,7 @@ def _roofline(report: Report) -> str:
         return '<p class="note">The step has no matrix products, or moves nothing.</p>'
     peak, bandwidth = target.rate(report.dtype).flops_per_second, target.device_memory_bandwidth
     intensity, ridge = flops / traffic, peak / bandwidth
-    left, right, top, bottom = 90.0, _WIDTH - 30.0, 24.0, 300.0
+    left, right, top, bottom = 110.0, _WIDTH - 30.0, 24.0, 300.0
     low = math.floor(math.log10(min(intensity, ridge))) - 1
     high = math.ceil(math.log10(max(intensity, ridge))) + 1
     ceiling = math.log10(peak) + 0.4

@@ -269,5 +269,11 @@ def _json(report: Report) -> dict[str, Any]:
         if times
         else None,
         "training": {"tokens": report.tokens, "predicted": dataclasses.asdict(economy)} if economy else None,
-        "compiling": {"measured": {"seconds": dict(compiled.seconds), "host_bytes": compiled.host_bytes}},
+        "compiling": {
+            "measured": {
+                "seconds": dict(compiled.seconds),
+                "processor_seconds": compiled.processor_seconds,
+                "host_bytes": compiled.host_bytes,
+            }
+        },
     }

@@ -28,6 +28,7 @@ COMPILED = Compiled(
     facts={},
     seconds={"start": 1.0, "compile": 20.0},
     host_bytes=2 * GB,
+    processor_seconds=30.0,
     memory=Memory(12 * GB + 8200, 0, 3 * GB, 20_000_000, 15 * GB, 0),
     flops={"bfloat16": 13 * 10**12},
     traffic=60 * GB,
@@ -43,6 +44,6 @@ def report(target: str = "v5e:4x4", **changes) -> Report:
     return Report("one", Target.parse(target), {"data": 16}, "", 16, 2048, FACTS, compiled, 20e9)
 
 
-def short(needed: float, *, temporaries: bool) -> Report:
-    shortage = Shortage("RESOURCE_EXHAUSTED", int(needed * GB), 17 * GB, temporaries)
+def short(needed: float) -> Report:
+    shortage = Shortage("RESOURCE_EXHAUSTED", int(needed * GB), 17 * GB)
     return report(memory=None, flops={}, traffic=0, collectives=(), shortage=shortage)

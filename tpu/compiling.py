@@ -80,15 +80,13 @@ class Shortage:
 
     Attributes:
         message: what the compiler said.
-        needed: bytes that it needs; None if the compiler did not say.
+        needed: bytes that it needs, arguments included; None if the compiler did not say.
         limit: bytes that there are; None if the compiler did not say.
-        temporaries_only: whether `needed` counts what lives between arguments and results alone.
     """
 
     message: str
     needed: int | None
     limit: int | None
-    temporaries_only: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +97,7 @@ class Compiled:
         facts: the builder's.
         seconds: measured, by phase.
         host_bytes: measured: the most memory that the child process had.
+        processor_seconds: measured: what the child process had of this machine's cores, all together.
         memory: of one device; None if the program does not fit.
         flops: of matrix products and convolutions, by dtype, of one device in a call.
         traffic: bytes between one device and its memory in a call.
@@ -111,6 +110,7 @@ class Compiled:
     facts: Mapping[str, Any]
     seconds: Mapping[str, float]
     host_bytes: int
+    processor_seconds: float
     memory: Memory | None = None
     flops: Mapping[str, int] = dataclasses.field(default_factory=dict)
     traffic: int = 0

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from compax.analysis.hlo_loops import trip_count
-from compax.analysis.hlo_text import Computation, Instruction, Shape, parse_computations
+from compax.analysis.hlo_text import Computation, Instruction, parse_computations
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "permute")
 """The kinds of collectives, as they are named here."""
@@ -418,32 +418,46 @@ def _traffic(module: Module, computation: Computation, instruction: Instruction)
         return sum(shape.main_memory_bytes for shape in instruction.shape.elements[:2])
     if instruction.opcode == "fusion":
         fused = module.computations[instruction.called["calls"]]
-        reads, written = _fused_traffic(fused, shapes)
-        return reads + (instruction.shape.main_memory_bytes if written is None else written)
+        reads = sum(
+            _read(module, fused, parameter.name, shapes[parameter.number].nbytes)
+            for parameter in fused.parameters
+            if shapes[parameter.number].in_main_memory
+        )
+        updated = _updated(module, fused)
+        if updated is None or not instruction.shape.in_main_memory:
+            return reads + instruction.shape.main_memory_bytes
+        return reads + updated
     written = 0 if instruction.opcode.endswith("-start") else instruction.shape.main_memory_bytes
     return sum(shape.main_memory_bytes for shape in shapes) + written
 
 
-def _fused_traffic(fused: Computation, shapes: Sequence[Shape]) -> tuple[int, int | None]:
-    """What a fusion reads, and what it writes if that is less than its result."""
-    reads, written = 0, None
+def _read(module: Module, fused: Computation, name: str, whole: int) -> int:
+    """How many of a value's bytes a fusion reads: those of the slices, if slices are all that it takes of it."""
+    total = 0
+    for user in fused.users(name):
+        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+            total += user.shape.nbytes
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            total += 0  # the rest of it stays as it is, where it is
+        elif user.opcode in ("bitcast", "get-tuple-element"):
+            total += _read(module, fused, user.name, whole)
+        elif user.opcode == "fusion":
+            inner = module.computations[user.called["calls"]]
+            places = [place for place, operand in enumerate(user.operands) if operand == name]
+            total += sum(_read(module, inner, inner.parameters[place].name, whole) for place in places)
+        else:
+            return whole
+    return min(total, whole)
+
+
+def _updated(module: Module, fused: Computation) -> int | None:
+    """What a fusion writes that only updates a part of an operand in place; None for others."""
     root = fused.root
-    while root.opcode in ("bitcast", "copy", "convert") and root.operands[0] in fused.by_name:
+    while root.opcode in ("bitcast", "copy", "convert"):
         root = fused.by_name[root.operands[0]]
-    if root.opcode == "dynamic-update-slice":
-        written = fused.shape(root.operands[1]).nbytes if fused.root.shape.in_main_memory else 0
-    for parameter in fused.parameters:
-        if parameter.number >= len(shapes) or not shapes[parameter.number].in_main_memory:
-            continue
-        users = [each for each in fused.instructions if parameter.name in each.operands]
-        if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
-            reads += sum(user.shape.nbytes for user in users if user.operands[0] == parameter.name)
-        elif (
-            not (users and all(user is root and user.operands[0] == parameter.name for user in users))
-            or root.opcode != "dynamic-update-slice"
-        ):
-            reads += shapes[parameter.number].nbytes
-    return reads, written
+    if root.opcode == "fusion":
+        return _updated(module, module.computations[root.called["calls"]])
+    return fused.shape(root.operands[1]).nbytes if root.opcode == "dynamic-update-slice" else None
 
 
 def largest_buffers(module: Module, count: int = 10) -> tuple[Buffer, ...]:

@@ -174,6 +174,18 @@ class Computation:
         found = [instruction for instruction in self.instructions if instruction.opcode == "parameter"]
         return tuple(sorted(found, key=lambda instruction: instruction.number))
 
+    @functools.cached_property
+    def _users(self) -> Mapping[str, tuple[Instruction, ...]]:
+        found: dict[str, list[Instruction]] = {}
+        for instruction in self.instructions:
+            for operand in dict.fromkeys(instruction.operands):
+                found.setdefault(operand, []).append(instruction)
+        return {name: tuple(users) for name, users in found.items()}
+
+    def users(self, name: str) -> tuple[Instruction, ...]:
+        """The instructions that read a value."""
+        return self._users.get(name, ())
+
     def shape(self, name: str) -> Shape:
         """The shape of an instruction's result."""
         return self.by_name[name].shape

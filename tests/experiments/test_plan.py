@@ -161,25 +161,26 @@ def test_links_that_nobody_knows():
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_might_help(config):
-    told = shortage_text(short(61.0, temporaries=False), config)
+    told = shortage_text(short(61.0), config)
     assert "needs 61.0 GB of 17.0 GB on a chip, 44.0 GB too much (compiled)" in told
     assert "model.overrides.remat=true" in told
     assert "the optimizer's state split over data" in told
-    assert told.count("predicted)") >= 2
+    assert told.count("predicted") >= 2
+    assert "split over data (sharding.params): 53.5 GB predicted, not enough alone" in told
     assert "\n" not in told
 
 
 def test_a_smaller_batch_is_proposed_where_there_is_one(config):
-    found = dataclasses.replace(short(18.5, temporaries=False), batch_size=64)
+    found = dataclasses.replace(short(18.5), batch_size=64)
     told = shortage_text(found, config)
-    assert "--batch=16 (" in told
-    assert "4 times the chips" not in shortage_text(short(24.0, temporaries=False), config)
+    assert "--batch=16: 16.6 GB predicted" in told
+    assert "4 times the chips" not in shortage_text(short(24.0), config)
 
 
 def test_a_plan_that_does_not_fit_is_written_and_ends_in_an_error(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "make_report", lambda config, options, tell: short(30.0, temporaries=True))
+    monkeypatch.setattr(plan, "make_report", lambda config, options, tell: short(30.0))
     figures, site = tmp_path / "plan.json", tmp_path / "plan.html"
-    with pytest.raises(MemoryLimitError, match="temporaries alone need"):
+    with pytest.raises(MemoryLimitError, match=r"it needs 30\.0 GB"):
         plan.plan(config, plan.Options(json=str(figures), html=str(site)), Console())
     found = json.loads(figures.read_text())
     assert (found["fits"], found["time"], found["training"]) == (False, None, None)
@@ -191,6 +192,21 @@ def test_a_shortage_without_figures_says_what_the_compiler_said(config):
     found = report(memory=None, shortage=Shortage("RESOURCE_EXHAUSTED: too much\nmore", None, None))
     assert shortage_text(found, config).endswith("does not fit: RESOURCE_EXHAUSTED: too much")
     assert "fits: no (compiled)" in "\n".join(plan_text.head(found))
+
+
+def test_work_that_is_not_split_is_noted(capsys):
+    found = report(flops={"bfloat16": 90 * 10**12})
+    (note,) = plan_text.notes(found)
+    assert "computes 7.3 times its share" in note
+    plan_text.show(found, Console())
+    assert f"note: {note}" in capsys.readouterr().out
+    assert plan_text.notes(report()) == []
+
+
+def test_traffic_beyond_what_shardings_ask_for_is_noted():
+    much = dataclasses.replace(COMPILED.collectives[0], count=4)
+    (note,) = plan_text.notes(report(collectives=(much,)))
+    assert "all-reduce moves 4.0 times what the shardings ask for" in note
 
 
 # -- Text and page ----------------------------------------------------------------------------------------------------

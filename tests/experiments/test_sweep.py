@@ -47,7 +47,7 @@ def points() -> list[sweep.Point]:
         sweep.Point({"batch": "16"}, report()),
         sweep.Point({"batch": "32"}, slow),
         sweep.Point({"batch": "64"}, beaten),
-        sweep.Point({"batch": "128"}, short(30.0, temporaries=False)),
+        sweep.Point({"batch": "128"}, short(30.0)),
         sweep.Point({"batch": "7"}, error="7 does not divide"),
     ]
 
