@@ -7,6 +7,7 @@ checked here first, so that a site is skipped with the reason.
 import jax
 import jax.numpy as jnp
 
+from compax.errors import LoweringError
 from compax.passes.flash.spec import MASKED, Spec
 
 _HALF = ("float16", "bfloat16")
@@ -54,6 +55,9 @@ def cudnn_attention(
         v: values, [B, S, G, V].
         present: which keys are there, bool[B, S], or none.
         bias: what is added to scores, broadcast to [B, H, T, S], or none.
+
+    Raises:
+        LoweringError: this installation of JAX has no cuDNN, which it asks already when it traces.
     """
     num_queries, num_keys = spec.lengths
     if present is not None:
@@ -64,16 +68,24 @@ def cudnn_attention(
         bias = jnp.broadcast_to(bias, (*bias.shape[:2], num_queries, num_keys)).astype(q.dtype)
     causal = spec.pattern.kind == "band"
     window = (spec.pattern.before, 0) if causal and spec.pattern.before >= 0 else None
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        bias=bias,
-        scale=spec.scale,
-        is_causal=causal,
-        local_window_size=window,
-        implementation="cudnn",
-    )
+    try:
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            bias=bias,
+            scale=spec.scale,
+            is_causal=causal,
+            local_window_size=window,
+            implementation="cudnn",
+        )
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise LoweringError(
+            f"attention was to be computed by cuDNN, and JAX says: {error}; install jax[cuda13], or take "
+            "flash(implementation=pallas) or flash(implementation=plain)"
+        ) from error
 
 
 def why_not_pallas(spec: Spec) -> str:

@@ -26,8 +26,8 @@ from compax import _jax
 from compax.passes.flash.blocks import block_pairs, even_block, needs_mask
 from compax.passes.flash.spec import LSE_NAME, MASKED, OUT_NAME, Pattern
 
-BLOCK_Q = 512
-BLOCK_K = 512
+BLOCK_Q = 256
+BLOCK_K = 256
 """Queries and keys of a block by default: what is fastest on two CPU cores (`experiments/benchmarks/attention.py`)."""
 
 

@@ -122,7 +122,7 @@ def _unknown(attention: Attention) -> str:
     if attention.cached:
         return "its keys come out of a cache, of which a part is read"
     if mask.position is not None:
-        return f"{_name(mask.position)} says where its queries stand; capture(..., constant=(...)) if it is always the same"
+        return f"{_name(mask.position)} says where its queries stand; capture(..., constant=...) if they always do"
     return ""
 
 
