@@ -15,7 +15,8 @@ The report as JSON (`--json=FILE`); bytes, FLOPs and seconds are of one device, 
     traffic          compiled: bytes between a device and its memory
     collectives      predicted: {bytes: {kind: bytes}}, what the shardings ask for at least
                      compiled: {kind: {count, bytes, wire_bytes, hidden_bytes, predicted_seconds}}
-                     each: [{kind, bytes, group_size, span, count, asynchronous, name, op_name, predicted_seconds}]
+                     each: [{kind, bytes, group_size, between_slices, count, asynchronous, name, op_name,
+                     predicted_seconds}]
     time             predicted: {compute, memory, hidden, waits, step, bound}, or null
     training         tokens, predicted: {tokens_per_second, mfu, days, money (US dollars), kwh}, or null
     compiling        measured: {seconds {phase: seconds}, processor_seconds, host_bytes}

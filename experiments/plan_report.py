@@ -13,7 +13,6 @@ from typing import Any
 
 from compax import metrics
 from compax.analysis.hlo import Collective, Total, by_kind
-from compax.errors import TargetError
 from compax.experiments.plan_build import Facts
 from compax.target import Target
 from compax.tpu import Compiled
@@ -188,21 +187,14 @@ class Economy:
 def collective_seconds(target: Target, collective: Collective) -> float | None:
     """Predicted seconds of one execution of a collective; None if nothing is known of a target's links.
 
-    A group that goes between slices gathers over the links of each slice, and then between slices.
+    Groups inside a slice use its links, those between slices the network.
     """
+    kind: Any = collective.kind
+    if collective.between_slices:
+        return target.collective_seconds(kind, collective.bytes, collective.group_size, over="dcn")
     if target.chip.link.kind == "none":
         return None
-    kind: Any = collective.kind
-    inside = target.num_devices // target.slices
-    try:
-        if collective.span <= inside:
-            return target.collective_seconds(kind, collective.bytes, collective.group_size)
-        slices = min(target.slices, -(-collective.span // inside))
-        members = max(collective.group_size // slices, 1)
-        between = target.collective_seconds(kind, collective.bytes / members, slices, over="dcn")
-        return target.collective_seconds(kind, collective.bytes, members) + between
-    except TargetError:
-        return None
+    return target.collective_seconds(kind, collective.bytes, collective.group_size)
 
 
 def _sum(target: Target, some: list[Collective]) -> float | None:

@@ -33,8 +33,8 @@ COMPILED = Compiled(
     flops={"bfloat16": 13 * 10**12},
     traffic=60 * GB,
     collectives=(
-        Collective("all-reduce", 4 * GB, 16, 16, 1, False, "all-reduce.1", "jit(step)/transpose"),
-        Collective("all-gather", GB, 4, 4, 2, True, "all-gather-start", "jit(step)/gather"),
+        Collective("all-reduce", 4 * GB, 16, False, 1, False, "all-reduce.1", "jit(step)/transpose"),
+        Collective("all-gather", GB, 4, False, 2, True, "all-gather-start", "jit(step)/gather"),
     ),
 )
 

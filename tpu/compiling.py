@@ -22,7 +22,8 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 from compax import errors
-from compax.analysis.hlo import Buffer, Collective
+from compax.analysis.hlo import Collective
+from compax.analysis.hlo_memory import Buffer
 from compax.errors import CompileError
 from compax.target import Target
 from compax.tpu.topology import mesh_text

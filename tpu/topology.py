@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 REST = -1
 """In a mesh: as many as are left."""
 
+# JAX shows the two cores of a v4 chip as one device, but libtpu only describes them so when it is asked to.
+_DESCRIBED_BY: Mapping[str, Mapping[str, Any]] = {"v4": {"chip_config_name": "megacore"}}
+
 
 def parse_mesh(text: str, target: Target) -> dict[str, int]:
     """Reads a mesh, such as `data=4,model=4`; `-1` for one axis stands for the devices that are left.
@@ -105,7 +108,11 @@ def _described(target: Target) -> list[Any]:
     from jax.experimental import topologies
 
     name = f"{target.chip.name}:{'x'.join(map(str, target.shape))}"
-    more = {"num_slices": target.slices} if target.slices > 1 else {}
+    more: dict[str, Any] = dict(_DESCRIBED_BY.get(target.chip.name, {}))
+    if target.slices > 1:
+        more["num_slices"] = target.slices
+    if math.prod(target.shape) == 1:
+        more["chips_per_host_bounds"] = (1, 1, 1)  # hosts have four chips, unless told otherwise
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices)
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
@@ -118,18 +125,32 @@ def _described(target: Target) -> list[Any]:
 
 
 def _lay(target: Target, shape: tuple[int, ...], devices: list[Any]) -> Any:
+    """Devices in the shape of a mesh: its axes along whole dimensions of the torus, or else along parts of them."""
+    if len(devices) != target.num_devices:
+        raise CompileError(
+            f"the compiler of TPUs describes {target} as {len(devices)} devices, the table of chips as "
+            f"{target.num_devices}: this version of libtpu and this table do not go together"
+        )
+    if target.slices > 1 and shape[0] % target.slices:
+        raise ShardingError(
+            f"the first axis of the mesh has the size {shape[0]}, which {target.slices} slices do not divide: it is "
+            "the one that goes over the data centre's network"
+        )
+    try:
+        return _arranged(target.slices, shape, devices, split=False)
+    except (NotImplementedError, ValueError, AssertionError):
+        pass
+    try:
+        return _arranged(target.slices, shape, devices, split=True)
+    except (NotImplementedError, ValueError, AssertionError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise ShardingError(f"a mesh of {'x'.join(map(str, shape))} cannot be laid over {target}: {first}") from error
+
+
+def _arranged(slices: int, shape: tuple[int, ...], devices: list[Any], *, split: bool) -> Any:
     from jax.experimental import mesh_utils
 
-    try:
-        if target.slices > 1:
-            if shape[0] % target.slices:
-                raise ShardingError(
-                    f"the first axis of the mesh has the size {shape[0]}, which {target.slices} slices do not divide: "
-                    "it is the one that goes over the data centre's network"
-                )
-            inside = (shape[0] // target.slices, *shape[1:])
-            outside = (target.slices, *(1 for _ in shape[1:]))
-            return mesh_utils.create_hybrid_device_mesh(inside, outside, devices)
-        return mesh_utils.create_device_mesh(shape, devices)
-    except (NotImplementedError, AssertionError) as error:
-        raise ShardingError(f"a mesh of {'x'.join(map(str, shape))} cannot be laid over {target}: {error}") from error
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+    inside, outside = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
+    return mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=split)

@@ -167,7 +167,7 @@ def _patient_mesh(target: Target, axes: Mapping[str, int], clock: _Clock, patien
 
 def read(text: str, memory: Any) -> dict[str, Any]:
     """Reads what was compiled, as JSON."""
-    from compax.analysis import hlo
+    from compax.analysis import hlo, hlo_memory
 
     module = hlo.parse(text)
     return {
@@ -180,9 +180,9 @@ def read(text: str, memory: Any) -> dict[str, Any]:
             "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         },
         "flops": hlo.matmul_flops(module),
-        "traffic": hlo.memory_traffic(module),
+        "traffic": hlo_memory.memory_traffic(module),
         "collectives": [dataclasses.asdict(found) for found in hlo.collectives(module)],
-        "buffers": [dataclasses.asdict(buffer) for buffer in hlo.largest_buffers(module)],
+        "buffers": [dataclasses.asdict(buffer) for buffer in hlo_memory.largest_buffers(module)],
         "unknown_loops": list(module.unknown_loops),
     }
 

@@ -199,6 +199,19 @@ def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
     assert (found.kind, found.bytes) == ("reduce-scatter", 8 * 128 * 4)
 
 
+def test_what_goes_between_slices_is_a_collective_of_slices():
+    target = '_xla_megascale_target="{1,3:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"'
+    attributes = f"is_host_transfer=true, frontend_attributes={{{target}}}"
+    parsed = module(
+        PARAMETER,
+        "  %token = token[] after-all()",
+        f"  %s = (f32[8,128], u32[], token[]) send(%p, %token), {attributes}",
+        "  ROOT %d = token[] send-done(%s), is_host_transfer=true",
+    )
+    (found,) = hlo.collectives(parsed)
+    assert (found.kind, found.bytes, found.group_size, found.between_slices) == ("all-reduce", 4096, 3, True)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -276,7 +289,7 @@ def test_a_counter_that_does_not_rise_is_unknown():
     assert loop("4", step="0").unknown_loops == ("w",)
 
 
-# -- Memory -----------------------------------------------------------------------------------------------------------
+# -- Shapes ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -304,34 +317,6 @@ def test_tuples_of_shapes():
 def test_an_unknown_element_type_is_told():
     with pytest.raises(ValueError, match="element type 'x9'"):
         bits("x9")
-
-
-def test_the_largest_buffers_name_their_operation():
-    def function(x, y):
-        return jnp.sin(x @ y).sum() + jnp.cos(x).sum()
-
-    first = hlo.largest_buffers(compiled(function, (256, 8), (8, 256)))[0]
-    assert (first.bytes, first.shape) == (256 * 256 * 4, "f32[256,256]")
-    assert first.op_name.startswith("jit(function)/")
-
-
-def test_what_lies_in_other_memories_is_no_buffer_and_no_traffic():
-    parsed = module(
-        PARAMETER,
-        "  %near = f32[8,128]{1,0:S(1)} copy(%p)",
-        "  ROOT %far = f32[8,128]{1,0} negate(%near)",
-    )
-    assert [buffer.name for buffer in hlo.largest_buffers(parsed)] == ["far"]
-    assert hlo.memory_traffic(parsed) == 2 * 8 * 128 * 4
-
-
-def test_reading_a_layer_of_a_stack_moves_the_layer():
-    def scanned(x, layers):
-        return jax.lax.scan(lambda x, w: (x * w, None), x, layers)[0]
-
-    moved = hlo.memory_traffic(compiled(scanned, (1024,), (50, 1024)))
-    once = 1024 * 4
-    assert 3 * 50 * once <= moved < 8 * 50 * once
 
 
 def test_text_that_is_none_is_refused():

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from compax.analysis.hlo import Collective
 from compax.errors import CompileError, ConfigError, MemoryLimitError
 from compax.experiments import plan, plan_text
 from compax.experiments.cli import main
@@ -142,15 +141,12 @@ def test_what_training_costs():
     assert 0 < economy.mfu < 1
 
 
-def test_groups_between_slices_take_both_networks():
+def test_what_goes_between_slices_takes_the_network():
     target = Target.parse("v5e:4x4*2")
-    inside = Collective("all-reduce", GB, 16, 16, 1, False, "", "")
-    across = dataclasses.replace(inside, group_size=32, span=32)
-    assert collective_seconds(target, inside) == target.collective_seconds("all-reduce", GB, 16)
-    both = target.collective_seconds("all-reduce", GB, 16) + target.collective_seconds(
-        "all-reduce", GB / 16, 2, over="dcn"
-    )
-    assert collective_seconds(target, across) == pytest.approx(both)
+    inside = COMPILED.collectives[0]
+    between = dataclasses.replace(inside, group_size=2, between_slices=True)
+    assert collective_seconds(target, inside) == target.collective_seconds("all-reduce", 4 * GB, 16)
+    assert collective_seconds(target, between) == target.collective_seconds("all-reduce", 4 * GB, 2, over="dcn")
 
 
 def test_links_that_nobody_knows():

@@ -150,3 +150,25 @@ def test_a_slice_that_is_too_small():
     assert shortage.needed is not None
     assert shortage.limit is not None
     assert shortage.needed > shortage.limit > 15 * 2**30
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("target", "mesh", "groups"),
+    [
+        ("v4:2x2x1", "data=4", [(4, False)]),
+        ("tpu7x:2x2x1", "data=8", [(8, False)]),
+        ("v5e:4x4", "data=2,model=8", [(2, False)]),
+        ("v5e:2x2*2", "data=8", [(4, False), (2, True)]),
+    ],
+)
+def test_slices_and_meshes(target, mesh, groups):
+    compiled = compile_for(request("product", target, mesh, rows=64))
+    assert {found.kind for found in compiled.collectives} == {"all-reduce"}
+    assert [(found.group_size, found.between_slices) for found in compiled.collectives] == groups
+
+
+@needs_libtpu
+def test_a_mesh_that_cannot_be_laid_over_slices():
+    with pytest.raises(ShardingError, match="which 2 slices do not divide"):
+        compile_for(request("product", "v5e:2x2*2", "data=1,model=8", rows=64))
