@@ -99,3 +99,7 @@ class CompilerBusyError(CompileError):
 
 class MemoryLimitError(CompileError):
     """A program needs more memory than a chip of its target has."""
+
+
+class BudgetError(CompaxError):
+    """A memory budget cannot be met; says what the least is, and what holds it up."""

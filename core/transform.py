@@ -173,12 +173,16 @@ class Context:
         seed: the one source of randomness.
         target: the chip and mesh that the program is meant for, if known.
         donate: whether the caller gives its arrays away: a pass may delete each as soon as it is converted.
+        compiled_peak: compiles a function for the target and returns the bytes that one device needs at the peak, from
+            the function, its arguments as shapes, and which of them are donated. Without it passes compile on the
+            machine's own backend, if that is the target's.
     """
 
     inputs: Inputs | None = None
     seed: int = 0
     target: Any = None
     donate: bool = False
+    compiled_peak: Callable[[Callable[..., Any], tuple[Any, ...], tuple[int, ...]], int] | None = None
 
     def release(self, old: Any, new: Any) -> None:
         """Deletes the arrays of a parameter that was converted, if the caller gave them away.

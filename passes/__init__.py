@@ -4,6 +4,7 @@ from compax.passes.cast import Cast
 from compax.passes.flash import Flash
 from compax.passes.freeze import Freeze
 from compax.passes.quantize import Quantize
+from compax.passes.remat import Remat
 from compax.passes.tile_loss import TileLoss
 
-__all__ = ["Cast", "Flash", "Freeze", "Quantize", "TileLoss"]
+__all__ = ["Cast", "Flash", "Freeze", "Quantize", "Remat", "TileLoss"]

@@ -135,7 +135,9 @@ class Step:
 
 
 @dataclasses.dataclass(eq=False, slots=True)
-class _Node:
+class Node:
+    """An operation, its operands and results as they are called after renamings are looked through."""
+
     op: Op
     path: Path
     operands: list[Value | None]
@@ -161,33 +163,34 @@ class Buffers:
 
     Attributes:
         inputs: the graph's inputs.
+        nodes: the operations that some output needs, in order.
         steps: what writes buffers, in order.
         outputs: what is returned: buffers, inputs, or none for a constant.
         nbytes: bytes of every buffer and input.
     """
 
-    def __init__(self, graph: Graph, backend: Backend):
+    def __init__(self, graph: Graph, backend: Backend, prefix: Path = ()):
         self.backend = backend
         self.inputs = graph.inputs
-        flat = _Flat(graph, merge=backend.merges_recomputation)
+        flat = Flat(graph, merge=backend.merges_recomputation, prefix=prefix)
         self.outputs: list[Value | None] = flat.outputs
         self._returned = {x for x in flat.outputs if x is not None}
-        self._nodes = _needed(flat.nodes, self._returned)
-        self._producer = {y: node for node in self._nodes for y in node.outputs}
-        self._readers: dict[Value, list[_Node]] = {}
-        for number, node in enumerate(self._nodes):
+        self.nodes = _needed(flat.nodes, self._returned)
+        self._producer = {y: node for node in self.nodes for y in node.outputs}
+        self._readers: dict[Value, list[Node]] = {}
+        for number, node in enumerate(self.nodes):
             node.number = number
             for x in dict.fromkeys(node.inputs):
                 self._readers.setdefault(x, []).append(node)
         self._kept: set[Value] = set()
         self._choose()
-        self.steps = [self._step(node) for node in self._nodes if any(y in self._kept for y in node.outputs)]
+        self.steps = [self._step(node) for node in self.nodes if any(y in self._kept for y in node.outputs)]
         self._only: dict[Value, bool] = {}
 
     # -- Which values are kept ----------------------------------------------------------------------------------------
 
     def _choose(self) -> None:
-        for node in self._nodes:
+        for node in self.nodes:
             if not node.fusible:
                 self._kept.update(node.outputs)
                 for x in node.inputs:
@@ -196,7 +199,7 @@ class Buffers:
                         self._kept.add(x)
         self._kept.update(x for x in self._returned if x in self._producer)
         reached: dict[Value, set[int]] = {}
-        for node in reversed(self._nodes):
+        for node in reversed(self.nodes):
             for y in node.outputs:
                 if y in self._kept:
                     continue
@@ -210,7 +213,7 @@ class Buffers:
                 if size_bytes(y) > _SMALL and self._worth_keeping(node, y, len(found)):
                     self._kept.add(y)
 
-    def _worth_keeping(self, node: _Node, y: Value, readers: int) -> bool:
+    def _worth_keeping(self, node: Node, y: Value, readers: int) -> bool:
         if readers > 1 and node.op.name in COSTLY and self.backend.keeps_costly:
             return True
         into_product = any(reader.op.name in PRODUCTS for reader in self._readers.get(y, ()))
@@ -218,7 +221,7 @@ class Buffers:
             return sum(map(size_bytes, self._sources(node.inputs))) > _READS_MORE * size_bytes(y)
         return False
 
-    def _reads_buffers(self, node: _Node) -> bool:
+    def _reads_buffers(self, node: Node) -> bool:
         """Whether an operation that is not fused reads its operands as buffers."""
         if node.op.name in PRODUCTS:
             return not self.backend.fuses_into_products
@@ -243,8 +246,12 @@ class Buffers:
             waiting.extend(fresh)
         return list(found)
 
-    def _step(self, node: _Node) -> Step:
+    def _step(self, node: Node) -> Step:
         return Step(node.op, node.path, [y for y in node.outputs if y in self._kept], self._sources(node.inputs))
+
+    def keeps(self, x: Value) -> bool:
+        """Whether a value is a buffer."""
+        return x in self._kept
 
     # -- Sizes --------------------------------------------------------------------------------------------------------
 
@@ -265,7 +272,7 @@ class Buffers:
             )
         return self._only[x]
 
-    def _feeds(self, x: Value, reader: _Node) -> bool:
+    def _feeds(self, x: Value, reader: Node) -> bool:
         name = reader.op.name
         if name in PRODUCTS:
             return True
@@ -298,14 +305,19 @@ def size_bytes(x: Value) -> int:
     return math.prod(x.shape) * np.dtype(dtype).itemsize
 
 
-class _Flat:
-    """The operations of a graph with calls entered and renamings looked through."""
+class Flat:
+    """The operations of a graph with calls entered and renamings looked through.
 
-    def __init__(self, graph: Graph, *, merge: bool):
-        self.nodes: list[_Node] = []
+    Attributes:
+        nodes: the operations.
+        outputs: what is returned; none for constants.
+    """
+
+    def __init__(self, graph: Graph, *, merge: bool = False, prefix: Path = ()):
+        self.nodes: list[Node] = []
         self._merged: dict[object, list[Value]] | None = {} if merge else None
         env: dict[Value, Value | None] = {value: value for value in graph.inputs}
-        self.outputs = self._enter(graph, env, ())
+        self.outputs = self._enter(graph, env, prefix)
 
     def _enter(self, graph: Graph, env: dict[Value, Value | None], prefix: Path) -> list[Value | None]:
         def read(x: Value | Literal) -> Value | None:
@@ -336,14 +348,14 @@ class _Flat:
             if key in self._merged:
                 return self._merged[key]
         outputs = [Value(x.aval) for x in op.outputs]
-        self.nodes.append(_Node(op, path, list(given), outputs))
+        self.nodes.append(Node(op, path, list(given), outputs))
         if key is not None and self._merged is not None:
             self._merged[key] = outputs
         return outputs
 
 
-def _needed(nodes: Sequence[_Node], outputs: Iterable[Value]) -> list[_Node]:
-    needed, found = set(outputs), list[_Node]()
+def _needed(nodes: Sequence[Node], outputs: Iterable[Value]) -> list[Node]:
+    needed, found = set(outputs), list[Node]()
     for node in reversed(nodes):
         if any(y in needed for y in node.outputs):
             found.append(node)

@@ -40,7 +40,8 @@ def find_streams(
     Args:
         view: the graph.
         normalizations: those found in it: a stream may be normalized between two additions.
-        inside: nodes of composites, whose additions are their own business.
+        inside: nodes of composites, whose additions are their own business. An addition of a branch with no composite
+            and no linear layer, as in the logarithm of a sum of exponentials, is none to a stream.
     """
     normalized = {norm.output: norm.x for norm in normalizations}
     ends: dict[Val, list[Residual]] = {}
@@ -49,7 +50,7 @@ def find_streams(
         if node in inside or not _adds(node):
             continue
         residual = _identity(node) or _projected(view, node, normalized)
-        if residual is None:
+        if residual is None or not any(x in inside or x in view.linears for x in on_the_way(residual)):
             continue
         stream = ends.pop(_end(residual.source, ends, normalized), None)
         if stream is None:

@@ -1,0 +1,331 @@
+"""Remat under a budget: what the backward pass needs, what it costs to compute again, and what a choice amounts to."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from compax import _jax, ir
+from compax.analysis import buffers as buffering
+from compax.analysis.buffers import BACKENDS, Backend, Buffers, Flat, Node, size_bytes
+from compax.analysis.cost_rules import Work, work
+from compax.analysis.liveness import Liveness, liveness
+from compax.analysis.tracing import Scoped, Traced, evaluated, traced
+from compax.capture import Captured
+from compax.errors import CaptureError
+from compax.ir import Path, Value
+from compax.passes.remat.solving import Choice, Item, Layers, choose, priced
+from compax.program import Program
+from compax.rewrites.checkpoint import Mark, Region, checkpointed, graph_at
+from compax.target import Target
+
+_MOST_GROUPS = 8
+_ROUNDS = 6
+_FUSED = 0.1
+"""What computing a fused operation again costs, as a share of writing its result."""
+
+
+# -- The train step ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainStep:
+    """A train step over one graph of a program, as a function and the shapes that it takes.
+
+    Attributes:
+        function: from a `Scoped` evaluator and the arguments by name to what the step returns.
+        arguments: shapes by the kind of argument.
+        donated: kinds of arguments whose memory the results take.
+    """
+
+    function: Callable[..., Any]
+    arguments: Mapping[str, Any]
+    donated: tuple[str, ...] = ("parameter", "optimizer")
+
+    def traced(self, captured: Captured) -> Traced:
+        """The step with a graph of the program in it."""
+        return traced(self.function, captured, **self.arguments)
+
+    def plain(self, captured: Captured) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
+        """The step as a function of its arguments in order, their shapes, and which of them are donated."""
+        names = tuple(self.arguments)
+
+        def step(*given: Any) -> Any:
+            return self.function(Scoped(captured), **dict(zip(names, given, strict=True)))
+
+        donated = tuple(i for i, name in enumerate(names) if name in self.donated)
+        return step, tuple(self.arguments.values()), donated
+
+
+def train_step(program: Program, captured: Captured, slots: int) -> TrainStep:
+    """The step of an optimizer that keeps some float32 arrays of the size of each parameter, as Adam keeps two.
+
+    Raises:
+        CaptureError: the first output of the graph is no loss.
+    """
+    loss = captured.graph.outputs[0] if captured.graph.outputs else None
+    if loss is None or loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise CaptureError(
+            f"the entry '{captured.entry.name}' returns no loss, so there is no backward pass whose memory could be "
+            "planned; capture the model with its loss: compax.capture(model, batch, loss=function)"
+        )
+    trainable, frozen = program.partition()
+    shapes = jax.tree.map(_struct, (trainable, frozen, program.state))
+    inputs = {
+        tag.path: _jax.as_struct(value.aval)
+        for tag, value in zip(captured.inputs, captured.graph.inputs, strict=True)
+        if tag.kind == "argument"
+    }
+    moments = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes[0]) for _ in range(slots)]
+
+    def step(evaluator: Scoped, parameter: Any, frozen: Any, state: Any, optimizer: Any, argument: Any) -> Any:
+        def loss_of(trainable: Any) -> tuple[Any, list[Any]]:
+            first, *rest = evaluated(evaluator, {**frozen, **trainable}, state, argument)
+            return first, rest
+
+        (value, rest), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameter)
+        after = [
+            jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g.astype(m.dtype), moment, gradients) for moment in optimizer
+        ]
+        updates = after[0] if after else gradients
+        for other in after[1:]:
+            updates = jax.tree.map(lambda u, v: u / (jnp.sqrt(jnp.abs(v)) + 1e-8), updates, other)
+        changed = jax.tree.map(lambda p, u: (p - 1e-3 * u).astype(p.dtype), parameter, updates)
+        return changed, after, value, rest
+
+    return TrainStep(
+        step,
+        {"parameter": shapes[0], "frozen": shapes[1], "state": shapes[2], "optimizer": moments, "argument": inputs},
+    )
+
+
+def _struct(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+# -- What the backward pass needs -------------------------------------------------------------------------------------
+
+
+def needed_paths(step: Traced) -> dict[Path, bool]:
+    """Operations of the captured graph of which the backward pass reads something.
+
+    True where it reads the result itself, false where it reads something that differentiation made of the operation,
+    for which its operands are needed.
+    """
+    found: dict[Path, bool] = {}
+
+    def visit(graph: ir.Graph, prefix: Path, in_backward: bool) -> None:
+        flat = Flat(graph, prefix=prefix)
+        producer = {y: node for node in flat.nodes for y in node.outputs}
+        for node in flat.nodes:
+            backward = in_backward or step.places[node.path].phase in ("backward", "recompute")
+            for x in node.inputs if backward else ():
+                source = producer.get(x)
+                if source is not None and step.places[source.path].phase == "forward" and source.op.name != "scan":
+                    note(source, x)
+            if node.op.name == "scan":
+                body = node.op.bodies[0]
+                inner = (*prefix[:0], *node.path[:-1], (node.path[-1][0], 0))
+                if not backward:
+                    saved(node, body, inner)
+
+    def saved(node: Node, body: ir.Graph, prefix: Path) -> None:
+        flat = Flat(body, prefix=prefix)
+        producer = {y: inner for inner in flat.nodes for y in inner.outputs}
+        _, carry = _jax.scan_counts(dict(node.op.attributes))
+        for y in flat.outputs[carry:]:
+            source = producer.get(y) if y is not None else None
+            if source is not None and y is not None:
+                note(source, y)
+        for inner in flat.nodes:
+            if inner.op.name == "scan":
+                saved(inner, inner.op.bodies[0], (*inner.path[:-1], (inner.path[-1][0], 0)))
+
+    def note(source: Node, x: Value) -> None:
+        place = step.places[source.path]
+        if place.path is None:
+            return
+        original = ir.resolve(step.captured.graph, place.path)
+        same = original.name == source.op.name and any(y.shape == x.shape for y in original.outputs)
+        found[place.path] = found.get(place.path, False) or same
+
+    visit(step.graph, (), False)
+    return found
+
+
+# -- Layers as items --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Equal layers that are treated alike.
+
+    Attributes:
+        regions: the layers.
+        layers: their operations, as items.
+        paths: for each region the operation of each item.
+    """
+
+    regions: tuple[Region, ...]
+    layers: Layers
+    paths: tuple[tuple[Path, ...], ...]
+
+
+def groups(captured: Captured, regions: Sequence[Region], needed: Mapping[Path, bool], target: Target) -> list[Group]:
+    """Layers by kind, many equal ones in several groups so that some may keep more than others."""
+    backend = BACKENDS[target.chip.platform]
+    by_holder: dict[Path, Buffers] = {}
+    described: dict[Any, list[tuple[Region, list[Node], list[Item]]]] = {}
+    for region in regions:
+        if region.holder not in by_holder:
+            graph = graph_at(captured.graph, region.holder)
+            plain = dataclasses.replace(backend, merges_recomputation=False)
+            by_holder[region.holder] = Buffers(graph, plain, prefix=region.holder)
+        held = by_holder[region.holder]
+        nodes = [node for node in held.nodes if region.holds(node.path)]
+        items = _items(nodes, held, needed, target, backend)
+        described.setdefault((region.times, tuple(items)), []).append((region, nodes, items))
+    found: list[Group] = []
+    for (times, _), equal in described.items():
+        size = max(1, math.ceil(len(equal) / _MOST_GROUPS))
+        for first in range(0, len(equal), size):
+            some = equal[first : first + size]
+            layers = Layers(tuple(some[0][2]), times * len(some))
+            paths = tuple(tuple(node.path for node in nodes) for _, nodes, _ in some)
+            found.append(Group(tuple(region for region, _, _ in some), layers, paths))
+    return found
+
+
+def _items(
+    nodes: Sequence[Node], held: Buffers, needed: Mapping[Path, bool], target: Target, backend: Backend
+) -> list[Item]:
+    producer = {y: i for i, node in enumerate(nodes) for y in node.outputs}
+    own = {i for i, node in enumerate(nodes) if needed.get(node.path, False)}
+    for node in nodes:
+        if needed.get(node.path, True) is False:
+            own.update(producer[x] for x in node.inputs if x in producer)
+    items = []
+    for i, node in enumerate(nodes):
+        sources = tuple(dict.fromkeys(producer[x] for x in node.inputs if x in producer))
+        kept = sum(map(size_bytes, node.outputs))
+        stored = any(held.keeps(y) for y in node.outputs)
+        narrow = backend.narrow_products and all(held.feeds_products(y) for y in node.outputs)
+        items.append(
+            Item(
+                sources=sources,
+                needed=i in own,
+                keepable=bool(sources) or not buffering.fusible(node.op),
+                seconds=_seconds(node, target),
+                kept_bytes=kept // 2 if narrow else kept,
+                working_bytes=kept if stored else 0,
+            )
+        )
+    return items
+
+
+def _seconds(node: Node, target: Target) -> float:
+    """The least time to compute an operation again; what is fused pays for its result alone."""
+    moved = sum(map(size_bytes, node.outputs))
+    if buffering.fusible(node.op):
+        return _FUSED * moved / target.device_memory_bandwidth
+    moved += sum(map(size_bytes, node.inputs))
+    done = work(node.op)
+    flops = done.flops if isinstance(done, Work) else 0
+    dtype = node.op.inputs[0].dtype if node.op.inputs else jnp.float32
+    products = node.op.name in buffering.PRODUCTS and jnp.issubdtype(dtype, jnp.number)
+    return target.roofline_seconds({str(dtype): flops} if products else {}, moved)
+
+
+# -- The search -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """What to keep.
+
+    Attributes:
+        marks: the operations whose results are kept.
+        regions: what is computed again, but for those; none where everything fits.
+        choice: what the choice amounts to.
+        predicted: what the step needs of memory with it.
+    """
+
+    marks: Mapping[Path, Mark]
+    regions: tuple[Region, ...]
+    choice: Choice
+    predicted: Liveness
+
+
+class Planner:
+    """Plans one graph of a program.
+
+    Attributes:
+        without: what the step needs of memory where nothing is computed again.
+        least: what it needs where nothing is kept.
+    """
+
+    def __init__(self, program: Program, captured: Captured, regions: Sequence[Region], target: Target, slots: int):
+        self.captured = captured
+        self.regions = tuple(regions)
+        self.target = target
+        self.step = train_step(program, captured, slots)
+        before = self.step.traced(captured)
+        self.without = self._liveness(before)
+        self.groups = groups(captured, regions, needed_paths(before), target)
+        self.nothing = priced([group.layers for group in self.groups], [frozenset[int]() for _ in self.groups])
+        self.least = self._predict({})
+
+    def _liveness(self, step: Traced) -> Liveness:
+        return liveness(step, self.target.chip.platform, donated=self.step.donated)
+
+    def rewritten(self, plan: Plan) -> Captured:
+        """The graph with a choice made."""
+        return checkpointed(self.captured, plan.regions, plan.marks)
+
+    def keeping_nothing(self) -> Plan:
+        """The plan that computes all layers again."""
+        return Plan({}, self.regions, self.nothing, self.least)
+
+    def _predict(self, marks: Mapping[Path, Mark]) -> Liveness:
+        """What the step needs of memory with a choice."""
+        return self._liveness(self.step.traced(checkpointed(self.captured, self.regions, marks)))
+
+    def plan(self, budget_bytes: int) -> Plan | None:
+        """The choice that fits a budget by the prediction; none if even keeping nothing does not.
+
+        The program that chooses counts what is kept and the largest layer at work; the prediction counts everything.
+        What it finds too much is taken from what may be kept, until it fits.
+        """
+        if self.without.peak <= budget_bytes:
+            return Plan({}, (), priced([g.layers for g in self.groups], self._everything()), self.without)
+        if self.least.peak > budget_bytes:
+            return None
+        room = float(budget_bytes - self.least.peak + self.nothing.working_bytes)
+        best = self.keeping_nothing()
+        for _ in range(_ROUNDS):
+            choice = choose([group.layers for group in self.groups], room)
+            if choice is None:
+                break
+            marks = self.marks(choice)
+            predicted = self._predict(marks)
+            over = predicted.peak - budget_bytes
+            if over <= 0 and choice.seconds <= best.choice.seconds:
+                best = Plan(marks, self.regions, choice, predicted)
+            if -0.02 * budget_bytes < over <= 0 or (over <= 0 and choice.seconds == 0):
+                break
+            room -= over if over > 0 else 0.8 * over
+        return best
+
+    def marks(self, choice: Choice) -> dict[Path, Mark]:
+        """The operations that a choice keeps."""
+        found: dict[Path, Mark] = {}
+        for group, kept in zip(self.groups, choice.kept, strict=True):
+            for paths in group.paths:
+                found.update((paths[i], "save") for i in kept)
+        return found
+
+    def _everything(self) -> list[frozenset[int]]:
+        return [frozenset(range(len(group.layers.items))) for group in self.groups]

@@ -1,0 +1,292 @@
+"""The pass `remat`: by a preset, by selectors, or under a memory budget."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import jax
+
+from compax.capture import Captured
+from compax.composites.base import Attention
+from compax.contracts import Exact
+from compax.errors import BudgetError, PipelineError, SelectorError
+from compax.ir import Path
+from compax.meaning import Meaning
+from compax.passes.remat.planning import Plan, Planner
+from compax.printing import bytes_text, graph_text, share_text
+from compax.program import Program
+from compax.raising import Site, find_sites
+from compax.rewrites.checkpoint import Mark, Region, checkpointed, find_regions, value_names, without_checkpoints
+from compax.selectors import Selector
+from compax.target import Target
+from compax.text import Bytes
+from compax.transform import Context, Pass, PassResult, SiteReport, register
+
+__all__ = ["Remat"]
+
+_COMPILES = 3
+_ROOM = 0.1
+_LISTED = 4
+
+
+@register("remat")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Remat(Pass):
+    """Computes values again in the backward pass instead of keeping them from the forward pass.
+
+    A layer is what lies between two points of a residual stream at which it repeats itself, or the body of a scan.
+    `at` selects layers. Each keeps what goes into it, and of its own values
+
+    1. what a preset says: `keep=nothing`; `dots`, the results of products with parameters; `attention`, the results of
+       attentions, so that these are not computed again; `everything`, which takes rematerialization out of a model;
+    2. what `save` and `offload` select: results of sites and composites, on the device and in host memory;
+    3. under a `budget`: what makes the rest the quickest to compute again while the peak of a train step stays within
+       it, by a mixed-integer program. The prediction is checked by compiling, corrected, and compiled again, three
+       times at most. The step is that of an optimizer with `optimizer` float32 arrays for each parameter, on one
+       device, donated.
+
+    Rematerialization that the layers have already is replaced. XLA for CPUs merges what is computed again with the
+    first computation wherever both are outside of loops: there, layers that are not scanned keep everything.
+
+    Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, arXiv:1604.06174. The choice under a budget
+    follows Jain et al., "Checkmate", 2019, arXiv:1910.02653, with the schedule given by the layers.
+
+    Attributes:
+        keep: the preset.
+        save: a selector of sites and composites whose results are kept.
+        offload: a selector of sites and composites whose results are kept in host memory.
+        budget: bytes that one device has for the step.
+        target: the chip, such as `v5e`; by default the one that the context says, or the machine's own.
+        optimizer: float32 arrays that the optimizer keeps for each parameter.
+
+    Raises:
+        SelectorError: there are no layers, or none is selected.
+        BudgetError: the budget cannot be met; says what the least is, and what holds it up.
+        PipelineError: a budget is given beside presets or selectors.
+    """
+
+    keep: Literal["nothing", "dots", "attention", "everything"] = "nothing"
+    save: str | None = None
+    offload: str | None = None
+    budget: Bytes | None = None
+    target: str | None = None
+    optimizer: int = 2
+
+    phase: ClassVar[str] = "memory"
+    contract: ClassVar[Any] = Exact()
+    paper: ClassVar[str] = "Chen et al. 2016, arXiv:1604.06174; Jain et al. 2019, arXiv:1910.02653"
+    example: ClassVar[str] = "remat(budget=12GiB, target=v5e)"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for selector in (self.save, self.offload):
+            if selector is not None:
+                Selector.parse(selector)
+        if self.budget is not None and (self.keep != "nothing" or self.save or self.offload):
+            raise PipelineError("remat: a budget decides what is kept; leave out keep, save and offload beside it")
+        if self.optimizer < 0:
+            raise PipelineError(f"remat: optimizer={self.optimizer}: an optimizer keeps 0 arrays or more")
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        views = [_View.of(captured) for captured in program.graphs.values()]
+        layers = {region.name: region for view in views for region in view.regions}
+        if not layers:
+            raise SelectorError(
+                f"the program '{program.name}' has no residual stream to which layers add, so there is nothing to "
+                "checkpoint by layers; use jax.checkpoint in the model"
+            )
+        chosen = {region.name for region in self.select(layers.values(), what="layer")}
+        views = [view.without_checkpoints(chosen) for view in views]
+        notes: tuple[str, ...] = ()
+        if self.budget is not None:
+            regions, marks, notes = self._planned(program, context, views, chosen)
+        else:
+            marks = self._marked(views, chosen)
+            regions = () if self.keep == "everything" else tuple(sorted(chosen))
+        decisions = {"layers": tuple(sorted(chosen)), "regions": regions, "marks": marks}
+        graphs = self.rewrite_graphs(program, decisions)
+        changed = graphs is not program.graphs
+        kept = f"{len(marks)} values kept" if marks else "nothing kept"
+        sites = tuple(
+            SiteReport(name, "layer", "rewritten" if changed else "matched", kept if name in regions else "kept whole")
+            for name in layers
+            if name in chosen
+        )
+        return PassResult(program.replace(graphs=graphs) if changed else program, sites, decisions, notes)
+
+    def rewrite(self, captured: Captured, decisions: Mapping[str, Any]) -> Captured:
+        view = _View.of(captured).without_checkpoints(decisions["layers"])
+        regions = [region for region in view.regions if region.name in decisions["regions"]]
+        names = view.names(decisions["layers"])
+        marks = {names[name]: mark for name, mark in decisions["marks"].items() if name in names}
+        result = checkpointed(view.captured, regions, marks)
+        return captured if graph_text(result.graph) == graph_text(captured.graph) else result
+
+    # -- By preset and selector ---------------------------------------------------------------------------------------
+
+    def _marked(self, views: "Sequence[_View]", chosen: set[str]) -> dict[str, Mark]:
+        """The values that presets and selectors keep, by name."""
+        marks: dict[str, Mark] = {}
+        unmatched = {text for text in (self.save, self.offload) if text is not None}
+        for view in views:
+            names = {path: name for name, path in view.names(chosen).items()}
+            for name, kind, path in view.results():
+                if path not in names:
+                    continue
+                chosen_by: tuple[tuple[str | None, Mark], ...] = ((self.save, "save"), (self.offload, "offload"))
+                for text, mark in chosen_by:
+                    if text is not None and Selector.parse(text).matches(name, kind):
+                        unmatched.discard(text)
+                        marks[names[path]] = mark
+                by_preset = (self.keep == "dots" and kind in ("linear", "convolution")) or (
+                    self.keep == "attention" and kind == "attention"
+                )
+                if by_preset:
+                    marks.setdefault(names[path], "save")
+        if unmatched:
+            raise SelectorError(f"remat: '{sorted(unmatched)[0]}' selects no result of a site or composite in a layer")
+        return marks
+
+    # -- Under a budget -----------------------------------------------------------------------------------------------
+
+    def _planned(
+        self, program: Program, context: Context, views: "Sequence[_View]", chosen: set[str]
+    ) -> tuple[tuple[str, ...], dict[str, Mark], tuple[str, ...]]:
+        assert self.budget is not None
+        target = Target.parse(self.target) if self.target else context.target or Target.parse(_own_chip())
+        view = _with_loss(views)
+        regions = [region for region in view.regions if region.name in chosen]
+        planner = Planner(program, view.captured, regions, target, self.optimizer)
+        plan, notes = _search(planner, self.budget, _meter(context, target), view.meaning)
+        names = {path: name for name, path in view.names(chosen).items()}
+        marks: dict[str, Mark] = {names[path]: mark for path, mark in plan.marks.items()}
+        return tuple(region.name for region in plan.regions), marks, notes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _View:
+    """A graph with its meaning, its sites and its layers."""
+
+    captured: Captured
+    meaning: Meaning
+    sites: tuple[Site, ...]
+    regions: tuple[Region, ...]
+
+    @classmethod
+    def of(cls, captured: Captured) -> "_View":
+        meaning = Meaning(captured)
+        return cls(captured, meaning, find_sites(captured), tuple(find_regions(captured, meaning)))
+
+    def without_checkpoints(self, layers: Collection[str]) -> "_View":
+        """The same without the rematerialization that some layers have."""
+        plain = without_checkpoints(self.captured, [region for region in self.regions if region.name in layers])
+        return self if plain is self.captured else _View.of(plain)
+
+    def names(self, layers: Collection[str]) -> dict[str, Path]:
+        """The values in some layers by name."""
+        regions = [region for region in self.regions if region.name in layers]
+        return value_names(self.captured, self.meaning, self.sites, regions)
+
+    def results(self) -> list[tuple[str, str, Path]]:
+        """What selectors choose among: names, kinds, and the operation that gives the result."""
+        found = [(site.name, site.kind, site.path) for site in self.sites]
+        for composite in self.meaning.composites:
+            if composite.output.node is not None:
+                node = composite.pv if isinstance(composite, Attention) else composite.output.node
+                found.append((composite.name, composite.kind, node.path))
+        return found
+
+
+def _with_loss(views: Sequence[_View]) -> _View:
+    """The first graph that returns a loss; else the first one, which is then refused."""
+    for view in views:
+        outputs = view.captured.graph.outputs
+        if outputs and outputs[0].shape == () and jax.numpy.issubdtype(outputs[0].dtype, jax.numpy.floating):
+            return view
+    return views[0]
+
+
+def _own_chip() -> str:
+    if jax.default_backend() == "cpu":
+        return "cpu"
+    raise PipelineError(
+        f"remat: say which chip the budget is for, as in target=h100: JAX names this one "
+        f"'{jax.devices()[0].device_kind}', and rates are looked up by the name of the chip"
+    )
+
+
+Meter = Callable[[Planner, Plan], int]
+
+
+def _meter(context: Context, target: Target) -> Meter | None:
+    """What compiles a plan's step and returns its peak; none where there is no compiler for the target."""
+    compile_peak = context.compiled_peak
+    if compile_peak is None and target.chip.platform == jax.default_backend():
+        compile_peak = _compiled_here
+    if compile_peak is None:
+        return None
+    return lambda planner, plan: compile_peak(*planner.step.plain(planner.rewritten(plan)))
+
+
+def _compiled_here(function: Callable[..., Any], shapes: tuple[Any, ...], donated: tuple[int, ...]) -> int:
+    memory = jax.jit(function, donate_argnums=donated).lower(*shapes).compile().memory_analysis()
+    if memory is None:
+        raise BudgetError("remat: the compiler says nothing of memory here; name another target")
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # Where the compiler says the peak of everything it is more than the arguments and results alone.
+    return max(total + memory.temp_size_in_bytes, memory.peak_memory_in_bytes)
+
+
+def _search(planner: Planner, budget: int, meter: Meter | None, meaning: Meaning) -> tuple[Plan, tuple[str, ...]]:
+    """A plan that the compiler finds within the budget, in at most three compiles."""
+    if meter is None:
+        plan = planner.plan(budget)
+        if plan is None:
+            raise BudgetError(_too_little(planner, budget, planner.least.peak, "predicted", meaning))
+        return plan, (f"{_told(planner, plan)}; not compiled: there is no compiler for {planner.target} here",)
+    allowed, fitting, said = budget, None, []
+    for compiles in range(1, _COMPILES + 1):
+        plan = planner.plan(allowed) or planner.keeping_nothing()
+        if compiles == _COMPILES and fitting is None:
+            plan = planner.keeping_nothing()
+        compiled = meter(planner, plan)
+        said.append(compiled)
+        if compiled <= budget and (fitting is None or plan.choice.seconds <= fitting[0].choice.seconds):
+            fitting = (plan, compiled)
+        least = plan.choice.seconds >= planner.nothing.seconds
+        if compiled > budget and least:
+            break
+        if compiled <= budget and (compiled > (1 - _ROOM) * budget or not plan.regions or plan.choice.seconds == 0):
+            break
+        # The compiler's figure corrects the prediction; a little more, because what is off grows with what is kept.
+        off = compiled - plan.predicted.peak
+        allowed = budget - round(off * (1.15 if compiled > budget else 1.05))
+    if fitting is None:
+        raise BudgetError(_too_little(planner, budget, min(said), "compiled", meaning))
+    plan, compiled = fitting
+    count = f"{len(said)} compile{'s' if len(said) > 1 else ''}"
+    return plan, (f"{_told(planner, plan)}; {bytes_text(compiled)} compiled ({count}) of {bytes_text(budget)}",)
+
+
+def _told(planner: Planner, plan: Plan) -> str:
+    share = plan.choice.seconds / planner.nothing.seconds if planner.nothing.seconds else 0.0
+    return (
+        f"peak {bytes_text(planner.without.peak)} -> {bytes_text(plan.predicted.peak)} predicted, "
+        f"{share_text(min(share, 1.0)) if plan.regions else 'nothing'} of the layers computed again"
+    )
+
+
+def _too_little(planner: Planner, budget: int, least: int, basis: str, meaning: Meaning) -> str:
+    found = planner.least
+    owners = meaning.owners()
+    parts = [f"{kind} {bytes_text(n)}" for kind, n in found.arguments.items() if n]
+    largest = []
+    for alive in found.alive[:_LISTED]:
+        owner = owners.get(alive.place.path) if alive.place is not None and alive.place.path is not None else None
+        where = f" of {owner.name}" if owner is not None else ""
+        largest.append(f"{alive.operation}{where} {bytes_text(alive.nbytes)}")
+    return (
+        f"remat: a budget of {bytes_text(budget)} cannot be met: with nothing kept the train step needs "
+        f"{bytes_text(least)} ({basis}): {', '.join(parts)}; largest temporaries: {', '.join(largest)}. Take a smaller "
+        "batch, more chips, fewer bytes a parameter, or a loss in tiles"
+    )
