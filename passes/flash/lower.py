@@ -40,7 +40,7 @@ def attend(spec: Spec, operands: Sequence[jax.Array]) -> jax.Array:
     rest = iter(operands[3:])
     padding = combined([spread(next(rest) != 0) for spread in spec.padding])
     given = combined([spread(next(rest) != 0) for spread in spec.given])
-    bias = [spread(next(rest)).astype(jnp.float32) for spread in spec.bias]
+    bias = [spread.sign * spread(next(rest)).astype(jnp.float32) for spread in spec.bias]
     added = None if not bias else sum(bias[1:], bias[0])
     if spec.kernel == "plain":
         return layout.output.own(_plain(spec, q, k, v, combined([x for x in (padding, given) if x is not None]), added))

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from compax.analysis.atoms import Factors, size_of
-from compax.analysis.normal import Val
+from compax.analysis.normal import Val, rearranged
 from compax.composites.base import Attention, Mask
 from compax.composites.layout import arrange
-from compax.composites.view import View
+from compax.composites.view import LAYOUT, View
 from compax.passes.flash import gpu, splash
 from compax.passes.flash.spec import Kernel, Pattern, Spec, Spread
 
@@ -69,8 +69,13 @@ def plan(view: View, attention: Attention, options: Options) -> Planned | str:
     for x, found in spread.items():
         if found is None:
             return f"{_name(x)} has a dimension that is none of the attention's"
+    signs = {x: _sign(view, attention, x) for x in attention.bias}
+    for x, sign in signs.items():
+        if not sign:
+            return f"{_name(x)} enters its scores in another way than by addition"
     given = [[found for x in values if (found := spread[x])] for values in (mask.padding, mask.given, attention.bias)]
     padding, pairs, bias = map(tuple, given)
+    bias = tuple(dataclasses.replace(found, sign=signs[x]) for x, found in zip(attention.bias, bias, strict=True))
     spec = Spec(
         kernel=options.kernels[0],
         layout=layout,
@@ -155,28 +160,53 @@ def _spread(view: View, attention: Attention, x: Val) -> Spread | None:
     """How a mask or a bias becomes [B, H, T, S]; among equal dimensions the last one is that of the keys."""
     expand = view.engine.atoms.expand
     heads = (*attention.groups, *attention.repeats)
-    slots = [expand(part) for part in (attention.batch, heads, attention.queries, attention.keys)]
+    left = [expand(part) for part in (attention.batch, heads, attention.queries, attention.keys)]
     taken: dict[int, int] = {}
     for dim in reversed(range(len(x.shape))):
         factors = view.factors(x, dim)
         if not factors or x.shape[dim] == 1:
             continue
-        fits = [slot for slot in (3, 2, 1, 0) if slot not in taken.values() and _fit(factors, slots[slot])]
+        fits = [(slot, rest) for slot in (3, 2, 1, 0) if (rest := _without(left[slot], factors)) is not None]
         if not fits:
             return None
-        taken[dim] = fits[0]
-    kept = sorted(taken)
+        taken[dim], left[fits[0][0]] = fits[0]
+    if any(left[slot] for slot in taken.values()):
+        return None
     sizes = [1, 1, 1, 1]
     for dim, slot in taken.items():
-        sizes[slot] = x.shape[dim]
+        sizes[slot] *= x.shape[dim]
     batch, num_heads, queries, keys = sizes
-    order = tuple(sorted(range(len(kept)), key=lambda i: taken[kept[i]]))
+    kept = sorted(taken)
+    order = tuple(sorted(range(len(kept)), key=lambda i: (taken[kept[i]], kept[i])))
     return Spread(tuple(kept), order, (batch, num_heads, queries, keys))
 
 
-def _fit(one: Factors, other: Factors) -> bool:
-    """Whether a dimension is one of the attention's: as long, and of nothing that this one lacks."""
-    return size_of(one) == size_of(other) and all(atom in other for atom in one if not atom.table)
+def _without(whole: Factors, last: Factors) -> Factors | None:
+    """What is left of a dimension if its last factors are those of another one; none if they are not."""
+    for count in range(1, len(whole) + 1):
+        tail = whole[-count:]
+        if size_of(tail) == size_of(last):
+            return whole[:-count] if all(atom in tail for atom in last if not atom.table) else None
+    return None
+
+
+def _sign(view: View, attention: Attention, x: Val) -> int:
+    """Whether a bias is added to the scores that the softmax takes (1), subtracted (-1), or neither (0)."""
+    inside = set(attention.nodes)
+    for node in attention.nodes:
+        sides = [i for i, y in enumerate(node.inputs) if y is x or rearranged(y) is rearranged(x)]
+        if node.name in LAYOUT or not sides or node.outputs[0].shape != attention.scores.shape:
+            continue
+        if node.name not in ("add", "add_any", "sub") or len(sides) != 1:
+            return 0
+        value = node.outputs[0]
+        while value is not attention.scores:
+            readers = [reader for reader in view.normal.readers(value) if reader in inside]
+            if len(readers) != 1 or readers[0].name not in ("add", "add_any", "select_n", *LAYOUT):
+                return 0
+            value = readers[0].outputs[0]
+        return -1 if node.name == "sub" and sides[0] == 1 else 1
+    return 0
 
 
 def platform_of(target: object) -> str:

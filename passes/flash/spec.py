@@ -72,6 +72,13 @@ class Pattern:
         found = in_band(rows - columns, (self.before, self.after))
         return found & (rows // self.chunk == columns // self.chunk) if self.kind == "chunked" else found
 
+    def leaves_some_blind(self, num_queries: int, num_keys: int) -> bool:
+        """Whether some query sees no key."""
+        if self.kind == "other":
+            return not self.matrix(num_queries, num_keys).any(1).all()
+        first, last = self.span(num_queries)
+        return bool((np.minimum(last, num_keys) <= np.maximum(first, 0)).any())
+
     def span(self, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
         """The first key that each query sees and the one behind the last, not clipped: int[T] each. Not for "other"."""
         rows = np.arange(num_queries) + self.offset
@@ -92,11 +99,13 @@ class Spread:
         kept: its dimensions that stand for something.
         order: their order.
         shape: the shape then.
+        sign: whether a bias is added (1) or subtracted (-1).
     """
 
     kept: tuple[int, ...]
     order: tuple[int, ...]
     shape: tuple[int, int, int, int]
+    sign: int = 1
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The array in that form."""
@@ -157,27 +166,26 @@ class Spec:
     @property
     def may_see_nothing(self) -> bool:
         """Whether there may be a query that sees no key at all."""
-        if self.padding or self.given or self.bias:
-            return True
-        if self.pattern.kind == "other":
-            return not self.pattern.matrix(*self.lengths).any(1).all()
-        first, last = self.pattern.span(self.lengths[0])
-        return bool((np.minimum(last, self.lengths[1]) <= np.maximum(first, 0)).any())
+        return bool(self.padding or self.given or self.bias) or self.pattern.leaves_some_blind(*self.lengths)
 
 
-def rows_with_nothing(pattern: Pattern, num_queries: int, present: jax.Array | None) -> jax.Array:
-    """Which queries see no key: a sum over what each may see, without a matrix of queries and keys.
+def rows_with_nothing(pattern: Pattern, num_queries: int, present: jax.Array) -> jax.Array:
+    """Which queries see no key.
+
+    Where the pattern has a rule, by a sum over what each query may see, without a matrix of queries and keys.
 
     Args:
-        pattern: the static part of the mask; not "other".
+        pattern: the static part of the mask.
         num_queries: T.
         present: which keys are there: bool[B, S].
 
     Returns:
         bool[B, T].
     """
-    assert present is not None
     num_keys = present.shape[1]
+    if pattern.kind == "other":
+        matrix = jnp.asarray(pattern.matrix(num_queries, num_keys), jnp.int32)
+        return present.astype(jnp.int32) @ matrix.T == 0
     first, last = (np.clip(edge, 0, num_keys) for edge in pattern.span(num_queries))
     counted = jnp.pad(jnp.cumsum(present.astype(jnp.int32), axis=1), ((0, 0), (1, 0)))
     return counted[:, np.maximum(last, first)] - counted[:, first] <= 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from compax.passes.flash.spec import OUT_NAME, Pattern, Spec
 
@@ -30,12 +31,13 @@ def why_not(spec: Spec) -> str:
         return "its scores get a bias, which the kernel does not add"
     if spec.given:
         return "its mask is an argument for each pair of query and key; declare it, or capture it as a constant"
-    if spec.pattern.kind == "other":
-        return "its mask is a matrix without a rule"
     if any(spread.shape[1:3] != (1, 1) for spread in spec.padding):
         return "its padding differs between heads or queries"
-    if spec.may_see_nothing and not spec.padding:
+    pattern = spec.pattern
+    if pattern.leaves_some_blind(*spec.lengths):
         return "some of its queries see no key"
+    if pattern.kind == "band" and pattern.leaves_some_blind(_whole(num_queries), _whole(num_keys)):
+        return "in whole blocks some of its queries would see no key"
     if size != value_size:
         return f"its heads are of size {size}, its values of size {value_size}"
     if size % 8:
@@ -81,7 +83,7 @@ def attention(spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, present: jax
         segments = kernels.SegmentIds(jnp.ones((q.shape[0], all_queries), jnp.int32), there)
     kernel = _kernel(
         spec.pattern,
-        (all_queries, all_keys),
+        (num_queries, num_keys),
         spec.heads[0],
         (spec.block_q or _block(all_queries), spec.block_k or _block(all_keys)),
         spec.softcap,
@@ -109,11 +111,12 @@ def _kernel(
     softcap: float | None,
     interpret: bool,
 ) -> Any:
-    """The kernel for a mask: which blocks are computed is laid out once."""
+    """The kernel for a mask, for these lengths in whole lanes: which blocks are computed is laid out once."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     block_q, block_k = blocks
+    own, lengths = lengths, (_whole(lengths[0]), _whole(lengths[1]))
     mask: Any
     if pattern.kind == "full":
         mask = masks.FullMask(lengths)
@@ -122,7 +125,7 @@ def _kernel(
         causal = window == (None, 0)
         mask = masks.CausalMask(lengths, pattern.offset) if causal else masks.LocalMask(lengths, window, pattern.offset)
     else:
-        mask = masks.ChunkedCausalMask(lengths, pattern.chunk)
+        mask = _looked_up(pattern, own, lengths)
     with jax.ensure_compile_time_eval():
         return kernels.make_splash_mha(
             masks.MultiHeadMask([mask] * num_heads),
@@ -142,3 +145,35 @@ def _kernel(
             residual_checkpoint_name=OUT_NAME,
             interpret=interpret,
         )
+
+
+def _looked_up(pattern: Pattern, own: tuple[int, int], lengths: tuple[int, int]) -> Any:
+    """A mask whose blocks the kernel reads; it keeps those that are equal once.
+
+    A rule for chunks would divide inside of the kernel, which jax 0.10.2 compiles for no chip that is not there.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    matrix = pattern.matrix(*own) if pattern.kind == "other" else None
+
+    class LookedUp(masks.Mask):
+        @property
+        def shape(self) -> tuple[int, int]:
+            return lengths
+
+        def __getitem__(self, index: Any) -> np.ndarray:
+            rows, columns = (np.arange(n)[part] for n, part in zip(lengths, index, strict=True))
+            # Queries that only fill a block see what the last one sees: a kernel divides by what they sum.
+            rows = np.minimum(rows, own[0] - 1)[:, None]
+            inside = columns < own[1]
+            if matrix is not None:
+                return matrix[rows, np.minimum(columns, own[1] - 1)] & inside
+            return np.asarray(pattern.seen(rows, columns[None])) & inside
+
+        def __eq__(self, other: object) -> bool:
+            return self is other
+
+        def __hash__(self) -> int:
+            return hash((pattern, own, lengths))
+
+    return LookedUp()
