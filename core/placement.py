@@ -80,7 +80,7 @@ class Placement:
         """The memory of a parameter."""
         return self.memory.get(path, DEVICE)
 
-    def sharding(self, path: str, device: jax.Device | None = None) -> NamedSharding | SingleDeviceSharding:
+    def sharding(self, path: str, device: Any = None) -> NamedSharding | SingleDeviceSharding:
         """The sharding of a parameter, memory included.
 
         Args:
@@ -89,15 +89,13 @@ class Placement:
         """
         return self.place(self.spec(path), self.memory_kind(path), device)
 
-    def place(
-        self, spec: PartitionSpec, memory_kind: str, device: jax.Device | None = None
-    ) -> NamedSharding | SingleDeviceSharding:
+    def place(self, spec: PartitionSpec, memory_kind: str, device: Any = None) -> NamedSharding | SingleDeviceSharding:
         """A sharding over the mesh, or on one device if there is none."""
         if self.mesh is None:
             return SingleDeviceSharding(device or jax.devices()[0], memory_kind=memory_kind)
         return NamedSharding(self.mesh, spec, memory_kind=memory_kind)
 
-    def check_memory(self, device: jax.Device | None = None) -> None:
+    def check_memory(self, device: Any = None) -> None:
         """Asks a device whether it reaches the memories that are wanted.
 
         Args:
@@ -113,7 +111,7 @@ class Placement:
         check_memory(device, self.memories)
 
 
-def check_memory(device: jax.Device, memories: frozenset[str]) -> None:
+def check_memory(device: Any, memories: frozenset[str]) -> None:
     """Raises `PlacementError` unless a device reaches some memories."""
     reached = {memory.kind for memory in device.addressable_memories()}
     if missing := sorted(memories - reached):

@@ -163,7 +163,9 @@ def _tiled(call: lowering.Call) -> list[Any]:
         return found, (x, floats, fixed, labels, saved)
 
     def backward(kept: Any, gradients: Statistics) -> tuple[Any, ...]:
-        return (*head.backward(*kept, {name: g for name, g in gradients.items() if name != "best"}), None, None)
+        x, floats, fixed, labels, saved = kept
+        given = {name: g for name, g in gradients.items() if name != "best"}
+        return (*head.backward(x, floats, fixed, labels, saved, given), None, None)
 
     run.defvjp(forward, backward)
     found = run(x, floats, fixed, labels)

@@ -6,6 +6,7 @@ product. One-hots are told by what they compare, positions by evaluating them: n
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from compax.analysis.normal import Node, Normal
 from compax.capture import Captured
@@ -119,8 +120,8 @@ def _recognized(graph: Graph, site: Site) -> CrossEntropy:
     """
     if site.opaque:
         raise Declined(site.opaque)
-    numbers = site.primitive.attributes.get("dimension_numbers")
-    if site.primitive.name != "dot_general" or len(site.op.inputs) != 2 or numbers[1][0]:
+    numbers: Any = site.primitive.attributes["dimension_numbers"] if site.primitive.name == "dot_general" else None
+    if numbers is None or len(site.op.inputs) != 2 or numbers[1][0]:
         raise Declined(f"a '{site.primitive.name}' with batched weights, or in groups, is not taken apart")
     free = len(site.op.inputs[site.weight].shape) - len(numbers[0][site.weight])
     if free != 1:
@@ -144,10 +145,11 @@ def _followed(graph: Graph, site: Site, depth: int) -> CrossEntropy:
     for position, index in steps:
         graph = graph.ops[position].bodies[index]
     while len(rest) > 1:
-        (position, _), (inner, index), *others = rest
+        (position, _), (inner, index) = rest[0], rest[1]
         graph = inline_call(graph, graph.ops[position])
-        rest = ((position + inner, index), *others)
-    logits = graph.ops[rest[0][0]].outputs[0]
+        rest = ((position + inner, index), *rest[2:])
+    ((position, _),) = rest
+    logits = graph.ops[position].outputs[0]
     while True:
         walk = Walk(graph, logits, site.weight)
         try:

@@ -186,7 +186,8 @@ class Walk:
         return self.forms[x]
 
     def decline(self, op: Op, how: str = "are needed whole by") -> NoReturn:
-        where = "" if op.equation is None else f" ({_jax.source_text(op.equation)})"
+        place = "" if op.equation is None else _jax.source_text(op.equation)
+        where = f" ({place})" if place else ""
         raise Declined(f"the logits, or what is computed of them, {how} '{op.name}'{where}")
 
     # -- elementwise --------------------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ class Walk:
 
     def _arithmetic(self, op: Op, form: Form, index: int, side: Side) -> Form | None:
         """Sums and products with what is not part of a chain."""
-        if isinstance(side, OneHot) and op.name == "mul" and form.affine:
+        if isinstance(side, OneHot) and op.name == "mul" and form.one_hot is None and not form.exponential:
             return dataclasses.replace(form, one_hot=(side, form.view))
         if isinstance(side, Narrow):
             if op.name == "mul" and not form.exponential:
@@ -336,21 +337,18 @@ class Walk:
         numbers, view = op.attributes["dimension_numbers"], form.view
         picked = op.outputs[0]
         count = int(np.prod(view.tokens))
-        others = tuple(d for d in range(len(view.tokens) + 1) if d != view.dim)
         one_each = set(op.attributes["slice_sizes"]) == {1} and np.prod(picked.shape) == count and not index
-        if not form.affine or not one_each or numbers.offset_dims:
+        if not form.affine or not one_each:
             self.decline(op)
-        indices = op.inputs[1]
-        batching = tuple(numbers.operand_batching_dims)
-        if batching == others and tuple(numbers.start_index_map) == (view.dim,):
-            places = tuple(numbers.start_indices_batching_dims)
-            if places != tuple(range(len(places))):
-                self.decline(op)
-            labels: Operand | None = indices
-        elif not batching and sorted(numbers.start_index_map) == list(range(len(view.tokens) + 1)):
+        indices, sizes = op.inputs[1], op.inputs[0].shape
+        batching, places = numbers.operand_batching_dims, numbers.start_indices_batching_dims
+        in_order = list(batching) == sorted(batching) and list(places) == sorted(places)
+        alone = all(d in batching or sizes[d] == 1 for d in range(len(sizes)) if d != view.dim)
+        labels: Operand | None = None
+        if tuple(numbers.start_index_map) == (view.dim,) and in_order and alone:
+            labels = indices
+        elif not batching and sorted(numbers.start_index_map) == list(range(len(sizes))) and not numbers.offset_dims:
             labels = self._beside_positions(indices, tuple(numbers.start_index_map), view)
-        else:
-            labels = None
         if labels is None:
             self.decline(op)
         fill = op.attributes["fill_value"]

@@ -21,8 +21,16 @@ def emit(function: Callable[..., Any], *operands: Operand) -> tuple[list[Op], li
         *operands: what it is applied to; their types alone are used.
 
     Raises:
-        RewriteError: the function closes over an array.
+        RewriteError: the function closes over an array; or it would be traced for the inside of a `shard_map` that
+            checks over which axes values vary, and these are not known outside of it.
     """
+    for x in operands:
+        kind = getattr(x.aval, "manual_axis_type", None)
+        if kind is not None and kind.varying:
+            raise RewriteError(
+                "operations cannot be put inside of a shard_map that checks over which axes values vary; write it with "
+                "check_vma=False, or the computation outside of it"
+            )
     graph = ir.trace(function, *(x.aval for x in operands))
     if graph.constants:
         raise RewriteError("a function that closes over arrays cannot be put into a graph: pass them as operands")

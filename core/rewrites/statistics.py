@@ -154,7 +154,7 @@ class _Made:
         sides: list[Operand] = []
         given: list[Operand] = []
         for x, side in found.sides.items():
-            if isinstance(side.operand, Literal):
+            if isinstance(x, Literal):  # written at its use, and stays there
                 continue
             spread = isinstance(side, Spread)
             new, (operand,) = emit(lambda s, spread=spread: jnp.reshape(s, (-1,) if spread else ()), side.operand)
@@ -224,7 +224,6 @@ class _Made:
             inner = [Value(x.aval) for x in full]
             env: dict[Value, Any] = {found.head.outputs[0]: start}
             env.update({x: y for x, y in zip(given, inner, strict=True) if isinstance(x, Value)})
-            env.update({x: side.operand for x, side in found.sides.items() if isinstance(side.operand, Literal)})
             steps = tuple(ir.copied(op, env) for op in found.chain)
             last = steps[-1].outputs[0]
             logits = Value(last.aval)
@@ -268,7 +267,7 @@ class _Made:
                 factors += [(factor, form.one_hot[1]) for factor in form.one_hot[0].factors]
             for narrow, then in factors:
                 result = result * aligned(narrow, then, rest.pop(0).astype(jnp.float32))
-            if rest:
+            if rest and use.outside is not None:
                 index = jnp.reshape(rest[0], view.tokens)
                 result = jnp.where((index >= 0) & (index < self.size), result, use.outside)
             if use.tokens:
