@@ -15,7 +15,7 @@ from compax.experiments.plan_page import page
 from compax.experiments.plan_report import collective_seconds
 from compax.target import Target
 from compax.tpu import Shortage
-from plans import COMPILED, GB, report, short
+from plans import COMPILED, FACTS, GB, report, short
 
 
 @pytest.fixture
@@ -203,6 +203,8 @@ def test_traffic_beyond_what_shardings_ask_for_is_noted():
     much = dataclasses.replace(COMPILED.collectives[0], count=4)
     (note,) = plan_text.notes(report(collectives=(much,)))
     assert "all-reduce moves 4.0 times what the shardings ask for" in note
+    facts = dataclasses.replace(FACTS, exchanged={"all-gather": 90 * GB, "all-reduce": GB})
+    assert plan_text.notes(dataclasses.replace(report(collectives=(much,)), facts=facts)) == []
 
 
 # -- Text and page ----------------------------------------------------------------------------------------------------
