@@ -130,6 +130,9 @@ WRITTEN_OUT: dict[str, tuple[int, int]] = {
     "nextafter": (24, 0),
 }
 """Operations and transcendental functions for each element of functions that JAX writes out."""
+if jax.__version_info__ >= (0, 12):
+    WRITTEN_OUT |= {"asin": (3, 2), "lgamma": (292, 0), "digamma": (75, 3), "polygamma": (262, 19)}
+
 
 ELEMENTWISE = _PLAIN | TRANSCENDENTAL | WRITTEN_OUT.keys() | {"integer_pow"}
 """Operations that compute each element of their result from the elements at the same place."""
