@@ -41,6 +41,10 @@ class Flash(Pass):
     `compax.attention.lse` spare a second run of the forward kernel (of `splash` both carry the first name; cuDNN and
     `pallas` name nothing). Kernels have no forward-mode derivative.
 
+    Compilers do not take Pallas kernels apart. Where the program has a placement over a mesh, put the pass behind the
+    one that made it: the kernel then runs on each device for its own sequences, and for its own heads where the
+    projections of queries and keys are spread by heads.
+
     A query that sees no key gets the mean of all values, which is what a softmax over equally masked scores is.
 
     It is of the phase placement: what a kernel takes depends on the dtype that precision passes leave, sizes are those
@@ -79,7 +83,7 @@ class Flash(Pass):
         every = {attention.name: attention for _, _, meaning in given for attention in meaning.of_kind(Attention)}
         chosen = sorted(attention.name for attention in self.select(every.values(), "attention"))
         declared = [dataclasses.asdict(declaration) for declaration in program.declared]
-        decisions = {"sites": chosen, "kernels": kernels, "declared": declared}
+        decisions = {"sites": chosen, "kernels": kernels, "declared": declared, "placement": program.placement}
         reports: dict[str, SiteReport] = {}
         graphs = dict(program.graphs)
         for key, captured, meaning in given:
@@ -109,7 +113,7 @@ class Flash(Pass):
     ) -> tuple[Captured, dict[str, SiteReport]]:
         """A graph with chosen attentions replaced, and what was done with each."""
         kernels: tuple[Kernel, ...] = tuple(decisions["kernels"])
-        options = Options(kernels, self.block_q, self.block_k, self.interpret)
+        options = Options(kernels, self.block_q, self.block_k, self.interpret, decisions["placement"])
         declared = [Declaration(**each) for each in decisions["declared"]]
         reports: dict[str, SiteReport] = {}
         while True:

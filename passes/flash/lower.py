@@ -45,12 +45,10 @@ def attend(spec: Spec, operands: Sequence[jax.Array]) -> jax.Array:
     if spec.kernel == "plain":
         return layout.output.own(_plain(spec, q, k, v, combined([x for x in (padding, given) if x is not None]), added))
     present = None if padding is None else jnp.broadcast_to(padding[:, 0, 0], (k.shape[0], k.shape[1]))
-    if spec.kernel == "splash":
-        out = splash.attention(spec, q, k, v, present)
-    elif spec.kernel == "cudnn":
+    if spec.kernel == "cudnn":
         out = gpu.cudnn_attention(spec, q, k, v, present, added)
     else:
-        out = gpu.pallas_attention(spec, q, k, v)
+        out = _pallas(spec, q, k, v, present)
     if present is not None:
         out = mean_where_nothing(out, v, rows_with_nothing(spec.pattern, q.shape[1], present)[..., None])
     return layout.output.own(out)
@@ -72,3 +70,25 @@ def _plain(
         block_k=spec.block_k,
     )
     return mean_where_nothing(out, v, jnp.isinf(lse)) if spec.may_see_nothing else out
+
+
+def _pallas(spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, present: jax.Array | None) -> jax.Array:
+    """A Pallas kernel, on each device of a mesh for its own sequences and heads."""
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, present: jax.Array | None) -> jax.Array:
+        if spec.kernel == "splash":
+            return splash.attention(spec, q, k, v, present)
+        return gpu.pallas_attention(spec, q, k, v)
+
+    if spec.spread is None:
+        return local(q, k, v, present)
+    heads, keys = spec.spread.specs()
+    # The kernels do not say over which axes their results vary.
+    mapped = jax.shard_map(
+        local,
+        mesh=spec.spread.mesh,
+        in_specs=(heads, heads, heads, None if present is None else keys),
+        out_specs=heads,
+        check_vma=False,
+    )
+    return mapped(q, k, v, present)

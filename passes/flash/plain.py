@@ -200,7 +200,7 @@ def _scores(
         scores, slope = plan.softcap * bent, 1.0 - bent * bent
     if extras.bias is not None:
         scores = jnp.maximum(scores + _pair_part(extras.bias, i, j, plan), MASKED)
-    seen: jax.Array | None = None
+    seen: Any = None
     if needs_mask(plan.pattern, plan.lengths, plan.blocks):
         rows = i * block_q + jax.lax.broadcasted_iota(jnp.int32, (block_q, 1), 0)
         columns = j * block_k + jax.lax.broadcasted_iota(jnp.int32, (1, block_k), 1)
@@ -330,7 +330,7 @@ def _attention_backward(plan: Plan, saved: Any, gradients: Any) -> Any:
     dq, dk, dv, dbias = _over_pairs(plan, turn, carry)
     if extras.bias is not None:
         dbias = dbias.astype(extras.bias.dtype)
-    seen = None if extras.seen is None else np.zeros(extras.seen.shape, jax.dtypes.float0)
+    seen: Any = None if extras.seen is None else np.zeros(extras.seen.shape, jax.dtypes.float0)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), Extras(seen, dbias)
 
 

@@ -1,19 +1,22 @@
 """From a recognized attention to what a kernel has to know of it, or to the reason why none can compute it."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compax.analysis.atoms import Factors, size_of
+from compax.analysis.atoms import Atom, Factors, size_of
 from compax.analysis.normal import Val, rearranged
 from compax.composites.base import Attention, Mask
 from compax.composites.layout import arrange
 from compax.composites.view import LAYOUT, View
+from compax.ir import Graph, Op
 from compax.passes.flash import gpu, splash
-from compax.passes.flash.spec import Kernel, Pattern, Spec, Spread
+from compax.passes.flash.spec import Devices, Kernel, Pattern, Spec, Spread
+from compax.placement import Placement
 
 KERNELS: dict[str, tuple[Kernel, ...]] = {
     "tpu": ("splash",),
@@ -21,6 +24,8 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     "cpu": ("plain",),
 }
 """What `auto` tries on each platform, best first."""
+PALLAS: tuple[Kernel, ...] = ("splash", "pallas")
+"""Kernels that the compiler cannot spread over devices by itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +37,14 @@ class Options:
         block_q: how many queries are computed together, or what suits the kernel.
         block_k: the same of keys.
         interpret: whether Pallas kernels are interpreted.
+        placement: where the program's arrays live.
     """
 
     kernels: tuple[Kernel, ...]
     block_q: int | None
     block_k: int | None
     interpret: bool
+    placement: Placement
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,10 +98,15 @@ def plan(view: View, attention: Attention, options: Options) -> Planned | str:
         block_k=options.block_k,
         interpret=options.interpret,
     )
+    mapped = _shard_map_around(view.normal.captured.graph, attention)
+    if mapped is None:
+        spec = dataclasses.replace(spec, spread=_devices(view, attention, spec, options.placement))
     reasons: list[str] = []
     for kernel in options.kernels:
         wanted = dataclasses.replace(spec, kernel=kernel)
         reason = _DECLINES[kernel](wanted)
+        if kernel in PALLAS and mapped is not None and mapped.attributes["check_vma"]:
+            reason = reason or "it is inside of a shard_map that checks what varies, which the kernel does not say"
         if not reason:
             return Planned(
                 wanted,
@@ -129,6 +141,47 @@ def _unknown(attention: Attention) -> str:
     if mask.position is not None:
         return f"{_name(mask.position)} says where its queries stand; capture(..., constant=...) if they always do"
     return ""
+
+
+def _shard_map_around(graph: Graph, attention: Attention) -> Op | None:
+    """The `shard_map` that an attention is in, if any."""
+    for position, index in attention.pv.path:
+        op = graph.ops[position]
+        if op.name == "shard_map":
+            return op
+        if index >= 0:
+            graph = op.bodies[index]
+    return None
+
+
+def _devices(view: View, attention: Attention, spec: Spec, placement: Placement) -> Devices | None:
+    """How an attention is spread, from the placement of the batch and of the parameters that make queries and keys."""
+    mesh = placement.mesh
+    if mesh is None or mesh.size == 1:
+        return None
+    batch = placement.batch if spec.layout.query.grouped[0] % placement.batch_shards == 0 else ()
+    atoms = view.engine.atoms
+    groups = set(atoms.leaves(attention.groups))
+    found = [
+        _axes_of(view, placement, linear.weight, groups)
+        for x in (attention.query, attention.key)
+        for linear in view.sources(x)
+    ]
+    heads = tuple(name for name in found[0] if all(name in axes for axes in found)) if found else ()
+    shards = math.prod(mesh.shape[name] for name in heads)
+    return Devices(mesh, batch, heads if not spec.heads[1] % shards and not set(heads) & set(batch) else ())
+
+
+def _axes_of(view: View, placement: Placement, weight: Val, groups: set[Atom]) -> tuple[str, ...]:
+    """The mesh axes over which a parameter's heads are spread."""
+    paths = view.parameters(weight)
+    for x in view.normal.inputs:
+        if x.input is None or x.input.kind != "parameter" or x.input.path not in paths:
+            continue
+        for dim, names in enumerate(placement.spec(x.input.path)):
+            if names is not None and groups & set(view.engine.atoms.leaves(view.engine.dims[x][dim])):
+                return (names,) if isinstance(names, str) else tuple(names)
+    return ()
 
 
 def _pattern(mask: Mask) -> Pattern:

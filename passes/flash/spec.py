@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from compax.composites.layout import Layout
 from compax.composites.masks import in_band
@@ -113,6 +114,25 @@ class Spread:
 
 
 @dataclasses.dataclass(frozen=True)
+class Devices:
+    """How an attention is spread over a mesh: a Pallas kernel is never taken apart by the compiler.
+
+    Attributes:
+        mesh: the mesh.
+        batch: its axes over which sequences are spread.
+        heads: its axes over which heads are spread, those of queries and of keys alike.
+    """
+
+    mesh: Mesh | AbstractMesh
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+
+    def specs(self) -> tuple[PartitionSpec, PartitionSpec]:
+        """How operands and results [B, T, H, K] are spread, and what there is for keys alone, [B, S]."""
+        return PartitionSpec(self.batch or None, None, self.heads or None), PartitionSpec(self.batch or None)
+
+
+@dataclasses.dataclass(frozen=True)
 class Spec:
     """An attention and how it is to be computed.
 
@@ -132,6 +152,7 @@ class Spec:
         block_q: how many queries are computed together, or what suits the kernel.
         block_k: the same of keys.
         interpret: whether a Pallas kernel is interpreted, operation by operation, on any platform.
+        spread: over which devices a Pallas kernel runs; none if the program is on one, or spread in the model itself.
     """
 
     kernel: Kernel
@@ -147,6 +168,7 @@ class Spec:
     block_q: int | None = None
     block_k: int | None = None
     interpret: bool = False
+    spread: "Devices | None" = None
 
     @property
     def lengths(self) -> tuple[int, int]:

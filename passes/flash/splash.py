@@ -84,7 +84,7 @@ def attention(spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, present: jax
     kernel = _kernel(
         spec.pattern,
         (num_queries, num_keys),
-        spec.heads[0],
+        q.shape[1],
         (spec.block_q or _block(all_queries), spec.block_k or _block(all_keys)),
         spec.softcap,
         spec.interpret,
@@ -121,7 +121,8 @@ def _kernel(
     if pattern.kind == "full":
         mask = masks.FullMask(lengths)
     elif pattern.kind == "band":
-        window = tuple(None if reach < 0 else reach for reach in (pattern.before, pattern.after))
+        before, after = (None if reach < 0 else reach for reach in (pattern.before, pattern.after))
+        window = (before, after)
         causal = window == (None, 0)
         mask = masks.CausalMask(lengths, pattern.offset) if causal else masks.LocalMask(lengths, window, pattern.offset)
     else:

@@ -19,6 +19,7 @@ from compax.experiments.benchmarks import zoo_case
 from compax.models import decoder
 from compax.passes import Flash, flash
 from compax.passes.flash.contract import Rounding
+from compax.placement import Placement
 from compax.transform import Context
 from oracle import assert_preserves
 from small import reasons, run, statuses
@@ -313,6 +314,77 @@ def test_inside_a_shard_map_of_the_model() -> None:
         return local(p, x)
 
     assert len(operations(fused(function))) == 1
+
+
+# -- kernels over a mesh ----------------------------------------------------------------------------------------------
+
+LONG = 128
+
+
+def placed(**specs: PartitionSpec) -> Program:
+    """One layer with heads of size 8 over 128 positions, on a mesh of two by two."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    params = {"q": normal(D, H, 8) * 0.2, "k": normal(D, G, 8) * 0.2, "v": normal(D, G, 8), "o": normal(H, 8, D)}
+    causal = np.tri(LONG, dtype=bool)
+
+    def function(p: Any, x: jax.Array) -> jax.Array:
+        q = jnp.einsum("btd,dhk->bthk", x, p["q"]).reshape(B, LONG, G, H // G, 8)
+        k, v = (jnp.einsum("bsd,dgk->bsgk", x, p[name]) for name in "kv")
+        scores = jnp.where(causal, jnp.einsum("btgrk,bsgk->bgrts", q, k) * 8**-0.5, -1e30)
+        out = jnp.einsum("bgrts,bsgk->btgrk", jax.nn.softmax(scores), v).reshape(B, LONG, H, 8)
+        return jnp.einsum("bthk,hkd->btd", out, p["o"])
+
+    program = compax.capture(function, params, normal(B, LONG, D))
+    return program.replace(placement=Placement(mesh, specs, batch=("data",)))
+
+
+def spread(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    (op,) = operations(program)
+    devices = op.attributes["spec"].spread
+    return devices.batch, devices.heads
+
+
+def test_a_pallas_kernel_runs_on_each_device_for_its_own_sequences_and_heads() -> None:
+    by_heads = PartitionSpec(None, "model", None)
+    before = placed(q=by_heads, k=by_heads, v=by_heads)
+    program = run("flash(implementation=splash, interpret=true)", before)
+    assert spread(program) == (("data",), ("model",))
+    x = normal(B, LONG, D)
+
+    def gradient(program: Program) -> Any:
+        return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(program.apply(program.params, {}, x)[0]))))(x)
+
+    same(gradient(before), gradient(program))
+
+
+def test_heads_stay_together_where_their_projections_are_not_spread_alike() -> None:
+    by_heads = PartitionSpec(None, "model", None)
+    assert spread(run("flash(implementation=splash)", placed(q=by_heads))) == (("data",), ())
+    assert spread(run("flash(implementation=splash)", placed(q=PartitionSpec("model")))) == (("data",), ())
+
+
+def test_it_lowers_for_tpu() -> None:
+    program = run("flash(implementation=splash)", placed())
+    x = jax.ShapeDtypeStruct((B, LONG, D), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda p, x: jnp.sum(program.apply(p, {}, x)[0])))
+    text = gradient.trace(program.params, x).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call") == 3
+
+
+def test_inside_a_shard_map_that_checks_what_varies_the_kernel_is_left() -> None:
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    spec = PartitionSpec("data")
+    params = {**SMALL, "q": normal(D, H, 8), "k": normal(D, G, 8), "v": normal(D, G, 8)}
+
+    def local(p: Any, x: jax.Array) -> jax.Array:
+        q = jnp.einsum("btd,dhk->bthk", x, p["q"]).reshape(-1, LONG, G, H // G, 8)
+        k, v = (jnp.einsum("bsd,dgk->bsgk", x, p[name]) for name in "kv")
+        return jnp.einsum("bgrts,bsgk->btgrk", jax.nn.softmax(jnp.einsum("btgrk,bsgk->bgrts", q, k)), v)
+
+    function = jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=spec)
+    program = compax.capture(function, params, normal(B, LONG, D))
+    (site,) = Flash(implementation="splash").run(program, Context()).sites
+    assert "inside of a shard_map that checks what varies" in site.reason
 
 
 # -- rematerialization ------------------------------------------------------------------------------------------------
