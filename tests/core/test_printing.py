@@ -1,7 +1,6 @@
 """The text form of programs and graphs: what a person reads, and that the same program always gives the same text."""
 
 import dataclasses
-import functools
 import os
 import re
 import subprocess
@@ -39,11 +38,6 @@ def abstract_decoder(size: str, **options: Any) -> compax.Program:
     config = dataclasses.replace(decoder.SIZES[size], **options)
     model = nnx.eval_shape(lambda: decoder.Decoder(config, rngs=nnx.Rngs(0)))
     return compax.capture(model, *decoder.example_inputs(config, sequence=16))
-
-
-@functools.cache
-def smollm2() -> compax.Program:
-    return abstract_decoder("smollm2-135m")
 
 
 # -- Numbers ----------------------------------------------------------------------------------------------------------
