@@ -26,9 +26,11 @@ from compax import _jax
 from compax.passes.flash.blocks import block_pairs, even_block, needs_mask
 from compax.passes.flash.spec import LSE_NAME, MASKED, OUT_NAME, Pattern
 
-BLOCK_Q = 256
-BLOCK_K = 256
-"""Queries and keys of a block by default: what is fastest on two CPU cores (`experiments/benchmarks/attention.py`)."""
+BLOCK = 128
+LONG_BLOCK = 256
+LONG = 1024
+"""Queries and keys of a block by default, the larger one beyond this length: about what is fastest on two CPU cores
+(`experiments/benchmarks/attention.py`)."""
 
 
 class Extras(NamedTuple):
@@ -111,13 +113,14 @@ def attention(
     """
     batch, num_queries, heads, size = query.shape
     num_keys, groups = key.shape[1:3]
+    default = BLOCK if max(num_queries, num_keys) <= LONG else LONG_BLOCK
     axes = sorted(frozenset[str]().union(*(_jax.varying_axes(x) for x in (query, key, value, seen, bias) if _is(x))))
     plan = Plan(
         pattern,
         scale,
         softcap,
         (num_queries, num_keys),
-        (even_block(num_queries, block_q or BLOCK_Q), even_block(num_keys, block_k or BLOCK_K)),
+        (even_block(num_queries, block_q or default), even_block(num_keys, block_k or default)),
         tuple(axes),
     )
     union = frozenset(axes)
