@@ -145,6 +145,9 @@ FIELDS: Mapping[str, Field] = {
         "each dimension, such as 'blocks.**.mlp.up.kernel: -,model'. A later one overrides; the rest is not split.",
         resumable=True,
     ),
+    "sharding.optimizer": Field(
+        (), "As sharding.params, after it, for the optimizer's state alone, for `plan`.", resumable=True
+    ),
     "plan.topology": Field("", "Slice that `plan` compiles for, such as v5e:4x4.", resumable=True),
     "plan.mesh": Field("", "Mesh over that slice, such as data=4,model=4.", resumable=True),
 }

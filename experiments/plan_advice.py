@@ -65,7 +65,7 @@ def proposals(report: Report, config: Config) -> list[str]:
     saved = facts.optimizer_bytes - facts.optimizer_split_bytes
     if saved > facts.optimizer_bytes // 10:
         axes = "+".join(config.sharding.batch)
-        found.append((f"the optimizer's state split over {axes} (sharding.params)", fixed + grows - saved))
+        found.append((f"the optimizer's state split over {axes} (sharding.optimizer)", fixed + grows - saved))
     texts = [f"{words}: {bytes_text(size)} predicted{_enough(size, limit)}" for words, size in found]
     return [f"what might help: {texts[0]}", *texts[1:]] if texts else []
 

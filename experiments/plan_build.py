@@ -114,11 +114,13 @@ def _train(
     state: Any
     state, frozen = abstract_state(config, program)
     params, placement = {**state.params, **frozen}, program.placement
+    rules, field = config.sharding.optimizer, "sharding.optimizer"
+    of_optimizer = shardings.parameter_specs(params, rules, dict(mesh.shape), specs, field)
     of_state = dataclasses.replace(
         state,
         params=shardings.follow(state.params, params, specs),
         state=jax.tree.map(lambda leaf: PartitionSpec(), state.state),
-        optimizer=shardings.follow(state.optimizer, params, specs),
+        optimizer=shardings.follow(state.optimizer, params, of_optimizer),
         updates=PartitionSpec(),
         skipped=PartitionSpec(),
     )

@@ -6,9 +6,10 @@ each dimension from the front, `-` for a dimension that is not split, the name o
     "blocks.**.mlp.up.kernel: -,fsdp,model"        # scanned layers in front; D over fsdp, F over model
     "embed.embedding: data+model,-"
 
-A later rule overrides an earlier one; what no rule names is on every device whole. The optimizer's state and the
-gradients follow their parameter, encoded parameters are split leaf by leaf (`Encoded.spec`), and the batch is split
-over the axes of `sharding.batch`.
+A later rule overrides an earlier one; what no rule names is on every device whole. Gradients follow their
+parameter, and so does the optimizer's state, unless `sharding.optimizer` has rules for it (Rajbhandari et al.,
+"ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2019, arXiv 1910.02054). Encoded parameters are
+split leaf by leaf (`Encoded.spec`), and the batch is split over the axes of `sharding.batch`.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ class Rule:
     spec: tuple[tuple[str, ...], ...]
 
     @classmethod
-    def parse(cls, text: str, axes: Mapping[str, int]) -> Rule:
+    def parse(cls, text: str, axes: Mapping[str, int], field: str) -> Rule:
         """Reads a rule.
 
         Raises:
             ShardingError: it is malformed, names an axis that the mesh does not have, or one twice.
         """
         glob, colon, spec = text.rpartition(":")
-        where = f"sharding.params: '{text}'"
+        where = f"{field}: '{text}'"
         if not colon or not glob.strip() or not spec.strip():
             raise ShardingError(f"{where} is not 'GLOB: SPEC', as in 'blocks.**.mlp.up.kernel: -,model'")
         entries: list[tuple[str, ...]] = []
@@ -79,6 +80,7 @@ def parameter_specs(
     rules: Sequence[str],
     axes: Mapping[str, int],
     placed: Mapping[str, PartitionSpec] | None = None,
+    field: str = "sharding.params",
 ) -> dict[str, PartitionSpec]:
     """The spec of each parameter.
 
@@ -86,7 +88,8 @@ def parameter_specs(
         params: by path: arrays, shapes or encodings.
         rules: texts, as the module describes them.
         axes: of the mesh: sizes by name.
-        placed: specs by path that passes chose (`Program.placement`); rules override them.
+        placed: specs by path that were chosen before, as by passes (`Program.placement`); rules override them.
+        field: of the config that the rules are from, for messages.
 
     Raises:
         ShardingError: a rule is malformed, matches nothing, has more entries than a parameter has dimensions, or
@@ -97,19 +100,19 @@ def parameter_specs(
         for name in axes_of(spec):
             check_axis(name, axes, f"the program's placement of {path}")
         specs[path] = spec
-    for rule in (Rule.parse(text, axes) for text in rules):
+    for rule in (Rule.parse(text, axes, field) for text in rules):
         try:
             matched = [path.name for path in select(rule.glob, map(_Path, params), what="parameter")]
         except SelectorError as error:
-            raise ShardingError(f"sharding.params: '{rule.text}': {error}") from error
+            raise ShardingError(f"{field}: '{rule.text}': {error}") from error
         for path in matched:
-            _check(path, params[path].shape, rule, axes)
+            _check(f"{field}: '{rule.text}' on {path}", params[path].shape, rule, axes)
             specs[path] = PartitionSpec(*(_entry(names) for names in rule.spec))
     return specs
 
 
-def _check(path: str, shape: Sequence[int], rule: Rule, axes: Mapping[str, int]) -> None:
-    where = f"sharding.params: '{rule.text}' on {path} {list(shape)}"
+def _check(where: str, shape: Sequence[int], rule: Rule, axes: Mapping[str, int]) -> None:
+    where = f"{where} {list(shape)}"
     if len(rule.spec) > len(shape):
         raise ShardingError(f"{where}: {len(rule.spec)} entries for {len(shape)} dimension(s)")
     for dim, names in enumerate(rule.spec):

@@ -71,6 +71,16 @@ def test_parameters_that_are_split(experiment, tmp_path):
     assert "all-gather" in found["collectives"]["predicted"]["bytes"]
 
 
+def test_an_optimizer_that_is_split_over_the_batch(experiment, tmp_path):
+    path = experiment(data__batch_size=8, sharding__optimizer="('embed.embedding: data,-', 'blocks.**.kernel: data')")
+    figures = tmp_path / "plan.json"
+    assert main(["plan", f"--config={path}", "--topology=cpu", "--mesh=data=4", f"--json={figures}"]) == 0
+    memory = json.loads(figures.read_text())["memory"]
+    assert memory["predicted"]["optimizer"] < 0.6 * memory["predicted"]["parameters"]
+    assert memory["compiled"]["arguments"] == pytest.approx(memory["predicted"]["arguments"], rel=0.01)
+    assert memory["compiled"]["outputs"] < 1024
+
+
 def test_the_loss_alone(experiment, tmp_path):
     path, figures = experiment(data__batch_size=8), tmp_path / "plan.json"
     arguments = ["--topology=cpu", "--mesh=data=8", "--forward", f"--json={figures}", "--sequence=32"]
@@ -162,7 +172,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_might_help(config):
     assert "model.overrides.remat=true" in told
     assert "the optimizer's state split over data" in told
     assert told.count("predicted") >= 2
-    assert "split over data (sharding.params): 53.5 GB predicted, not enough alone" in told
+    assert "split over data (sharding.optimizer): 53.5 GB predicted, not enough alone" in told
     assert "\n" not in told
 
 

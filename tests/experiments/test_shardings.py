@@ -54,6 +54,15 @@ def test_what_is_wrong_with_a_rule(rule, message):
     assert "\n" not in str(told.value)
 
 
+def test_rules_of_the_optimizer_come_after_those_of_parameters():
+    params = shardings.parameter_specs(PARAMS, ("blocks.**: -,data",), AXES)
+    specs = shardings.parameter_specs(PARAMS, ("**.up.kernel: -,-,model",), AXES, params, "sharding.optimizer")
+    assert specs["blocks.mlp.down.kernel"] == PartitionSpec(None, "data")
+    assert specs["blocks.mlp.up.kernel"] == PartitionSpec(None, None, "model")
+    with pytest.raises(ShardingError, match=r"^sharding\.optimizer: 'nothing: data'"):
+        shardings.parameter_specs(PARAMS, ("nothing: data",), AXES, params, "sharding.optimizer")
+
+
 def test_the_optimizer_follows_its_parameters():
     specs = shardings.parameter_specs(PARAMS, ("blocks.mlp.up.kernel: -,data,model",), AXES)
     state = jax.eval_shape(optax.adamw(1e-3).init, PARAMS)
