@@ -80,6 +80,19 @@ class Placement:
         """The memory of a parameter."""
         return self.memory.get(path, DEVICE)
 
+    def moved(self, params: Mapping[str, Any], *, home: bool) -> dict[str, Any]:
+        """Parameters by path, with those that live elsewhere on the device for their use, or (`home`) back."""
+        return {
+            path: moved(x, kind if home else DEVICE) if (kind := self.memory_kind(path)) != DEVICE else x
+            for path, x in params.items()
+        }
+
+    def placed(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters by path in the memory where they live; shardings stay."""
+        return {
+            path: placed(x, kind) if (kind := self.memory_kind(path)) != DEVICE else x for path, x in params.items()
+        }
+
     def sharding(self, path: str, device: Any = None) -> NamedSharding | SingleDeviceSharding:
         """The sharding of a parameter, memory included.
 
@@ -119,3 +132,16 @@ def check_memory(device: Any, memories: frozenset[str]) -> None:
             f"the memory '{missing[0]}' is wanted, but {device.device_kind} ({device.platform}) reaches only: "
             f"{', '.join(sorted(reached))}; leave the pass that asks for it out, or run where there is such memory"
         )
+
+
+_SPACES: Mapping[str, Any] = {DEVICE: jax.memory.Space.Device, HOST: jax.memory.Space.Host}
+
+
+def moved(tree: Any, memory_kind: str) -> Any:
+    """Arrays in another memory, sharded as they are: within a computation, under `jax.jit`."""
+    return jax.tree.map(lambda x: jax.device_put(x, _SPACES[memory_kind]), tree)
+
+
+def placed(tree: Any, memory_kind: str) -> Any:
+    """Arrays in another memory, on the devices where they are and sharded as they are: outside of computations."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(memory_kind)), tree)

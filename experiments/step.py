@@ -15,6 +15,7 @@ from compax.errors import ConfigError
 from compax.experiments.config import Config
 from compax.experiments.optimizer import optimizer, schedule
 from compax.experiments.programs import TRAIN
+from compax.placement import DEVICE, moved, placed
 
 Step = Callable[["TrainState", dict[str, Any], "jax.Array | np.ndarray"], tuple["TrainState", dict[str, jax.Array]]]
 
@@ -44,7 +45,10 @@ def start(config: Config, program: compax.Program) -> tuple[TrainState, dict[str
 
     Raises:
         ConfigError: No parameter is trainable.
+        PlacementError: The device does not reach a memory in which the program's placement keeps something.
     """
+    placement = program.placement
+    placement.check_memory()
     trainable, frozen = program.partition()
     if not trainable:
         raise ConfigError(
@@ -54,7 +58,11 @@ def start(config: Config, program: compax.Program) -> tuple[TrainState, dict[str
     # Fresh buffers: the step's are donated, the program's stay.
     trainable, state = jax.tree.map(jnp.copy, (trainable, program.state))
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(trainable, state, optimizer(config).init(trainable), zero, jnp.copy(zero)), frozen
+    moments = optimizer(config).init(trainable)
+    if placement.optimizer_memory != DEVICE:
+        moments = placed(moments, placement.optimizer_memory)
+    trainable, frozen = placement.placed(trainable), placement.placed(frozen)
+    return TrainState(trainable, state, moments, zero, jnp.copy(zero)), frozen
 
 
 def make_step(config: Config, program: compax.Program) -> Step:
@@ -62,6 +70,7 @@ def make_step(config: Config, program: compax.Program) -> Step:
 
     `tokens` is int32[accumulation, batch, sequence_length + 1]; gradients are the mean over the first dimension. An
     update whose loss or gradient is not finite is left out: parameters, program state and optimizer stay as they were.
+    What the program's placement keeps in host memory is on the device for the step alone.
 
     Metrics are float32 scalars: `loss` (nats per token, before the update), `grad_norm` (before clipping),
     `learning_rate`; and int32 `skipped` (steps in a row).
@@ -69,6 +78,7 @@ def make_step(config: Config, program: compax.Program) -> Step:
     import optax
 
     update_rule, rate = optimizer(config), schedule(config)
+    placement = program.placement
 
     def loss_of(
         trainable: dict[str, Any], frozen: dict[str, Any], state: dict[str, Any], tokens: jax.Array
@@ -96,7 +106,10 @@ def make_step(config: Config, program: compax.Program) -> Step:
         return total / count, state, jax.tree.map(lambda leaf: leaf / count, sums)
 
     def step(before: TrainState, frozen: dict[str, Any], tokens: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, state, grads = gradients(before, frozen, tokens)
+        before = dataclasses.replace(before, params=placement.moved(before.params, home=False))
+        loss, state, grads = gradients(before, placement.moved(frozen, home=False), tokens)
+        if placement.optimizer_memory != DEVICE:
+            before = dataclasses.replace(before, optimizer=moved(before.optimizer, DEVICE))
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, optimizer_state = update_rule.update(grads, before.optimizer, before.params)
@@ -107,6 +120,9 @@ def make_step(config: Config, program: compax.Program) -> Step:
             updates=before.updates + finite.astype(jnp.int32),
             skipped=jnp.where(finite, 0, before.skipped + 1),
         )
+        after = dataclasses.replace(after, params=placement.moved(after.params, home=True))
+        if placement.optimizer_memory != DEVICE:
+            after = dataclasses.replace(after, optimizer=moved(after.optimizer, placement.optimizer_memory))
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(before.updates), "skipped": after.skipped}
         return after, metrics
 
