@@ -94,7 +94,9 @@ def candidate(name: str, function: Function, params: Any, x: jax.Array) -> Candi
     gradient = jax.jit(jax.grad(lambda params, x: jnp.sum(jnp.sin(function(params, x))), argnums=(0, 1)))
     compiled = gradient.lower(params, x).compile()
     forward = jax.jit(function).lower(params, x).compile()
-    return Candidate(name, forward, compiled, compiled.memory_analysis().temp_size_in_bytes)
+    memory = compiled.memory_analysis()
+    assert memory is not None, "this backend does not say what it needs"
+    return Candidate(name, forward, compiled, memory.temp_size_in_bytes)
 
 
 def candidates(mask: str, length: int, batch: int, pipelines: dict[str, str]) -> list[Candidate]:
