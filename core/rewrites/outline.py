@@ -122,7 +122,7 @@ class _Places:
 def _replaced(graph: Graph, steps: Sequence[Step], ends: Sequence[_Ends], memo: dict[Any, Graph]) -> Graph:
     """A graph with regions replaced in the body that steps lead to."""
     if not steps:
-        key = (id(graph), tuple((places, region.name) for region, places in ends))
+        key = (id(graph), tuple((places, region.name, str(region.attributes)) for region, places in ends))
         if key not in memo:
             result, found = _inlined(graph, [end for _, places in ends for end in places])
             given = iter(found)
