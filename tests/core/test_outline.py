@@ -32,13 +32,20 @@ def nodes(normal: Normal, name: str) -> list[Val]:
     return [node.outputs[0] for node in normal.nodes_named(name)]
 
 
-def outlined(function: Callable[..., Any], ends: Callable[[Normal], Sequence[tuple[Val, tuple[Val, ...]]]]) -> Program:
+def outlined(
+    function: Callable[..., Any],
+    ends: Callable[[Normal], Sequence[tuple[Val, tuple[Val, ...]]]],
+    *,
+    numbered: bool = False,
+) -> Program:
     """The program of a function with regions made one operation each, checked: values, gradients, loops, `vmap`."""
     program = compax.capture(function, {"w": W}, X)
     before = program.graph().graph
     (key,) = program.graphs
     normal = Normal(program.graph())
-    regions = [Region(OPERATION, output, inputs, {"index": i}) for i, (output, inputs) in enumerate(ends(normal))]
+    regions = [
+        Region(OPERATION, output, inputs, {"index": i * numbered}) for i, (output, inputs) in enumerate(ends(normal))
+    ]
     changed = program.replace(graphs={key: outline(program.graph(), normal, regions)})
     verify(changed)
     assert program.graph().graph is before
@@ -111,6 +118,8 @@ def test_inside_a_jit_that_several_layers_share() -> None:
     both = outlined(function, all_of_them)
     assert [inside(op) for op in found(both)] == [["tanh", "exp"]] * 2
     assert len({id(op.bodies[0]) for op in both.graph().graph.ops}) == 1
+    numbered = outlined(function, all_of_them, numbered=True)
+    assert [op.attributes for op in found(numbered)] == [{"index": 0}, {"index": 1}]
 
 
 def test_inside_a_scan() -> None:
