@@ -12,7 +12,7 @@ head over both along the vocabulary (Xu et al., "GSPMD: General and Scalable Par
 2304.11277). Split over `fsdp` along the model's width instead, the compiler splits the residual stream along its width
 too, and each device computes seven times its share: the report says so.
 
-Measured on two cores, with libtpu 0.0.42.1, 2026-11: 62 s where nobody else used them (86 s of
+Measured on two cores that others used too, with libtpu 0.0.42.1, 2026-11: 62 s, and 110 s another time (86 s of
 processors), 1.6 GB of memory.
 """
 
