@@ -109,7 +109,9 @@ def make_step(config: Config, program: compax.Program) -> Step:
         before = dataclasses.replace(before, params=placement.moved(before.params, home=False))
         loss, state, grads = gradients(before, placement.moved(frozen, home=False), tokens)
         if placement.optimizer_memory != DEVICE:
-            before = dataclasses.replace(before, optimizer=moved(before.optimizer, DEVICE))
+            # Not before the gradients are there: activations and the optimizer's state never need memory together.
+            grads, waiting = jax.lax.optimization_barrier((grads, before.optimizer))
+            before = dataclasses.replace(before, optimizer=moved(waiting, DEVICE))
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, optimizer_state = update_rule.update(grads, before.optimizer, before.params)

@@ -141,14 +141,12 @@ def _recognized(graph: Graph, site: Site) -> CrossEntropy:
 
 
 def _followed(graph: Graph, site: Site, depth: int) -> CrossEntropy:
-    steps, rest = site.path[:depth], site.path[depth:]
-    for position, index in steps:
-        graph = graph.ops[position].bodies[index]
-    while len(rest) > 1:
-        (position, _), (inner, index) = rest[0], rest[1]
+    steps, (position, *inner) = site.path[:depth], [step[0] for step in site.path[depth:]]
+    for place, index in steps:
+        graph = graph.ops[place].bodies[index]
+    for place in inner:
         graph = inline_call(graph, graph.ops[position])
-        rest = ((position + inner, index), *rest[2:])
-    ((position, _),) = rest
+        position += place
     logits = graph.ops[position].outputs[0]
     while True:
         walk = Walk(graph, logits, site.weight)

@@ -164,7 +164,7 @@ class Walk:
         if op.name in CALLS:
             raise Inline(op)
         if len(wide) > 1:
-            self.decline(op, "meets itself in")
+            self.decline(op, "meet themselves in")
         (index,) = wide
         form, operand = self._form(op, index), op.inputs[index]
         if op.name in COPIES:

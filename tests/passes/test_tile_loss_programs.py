@@ -16,9 +16,10 @@ from compax import Program
 from compax.contracts import rounding_tolerance
 from compax.errors import SelectorError
 from compax.models import decoder
-from compax.passes.tile_loss import OPERATION
+from compax.passes.tile_loss import OPERATION, TileLoss
 from compax.placement import Placement
-from small import run, statuses
+from oracle import assert_preserves
+from small import TOKENS, Model, run, statuses
 from tiled import (
     LABELS,
     PARAMS,
@@ -232,3 +233,15 @@ def test_again_changes_nothing() -> None:
     after = run("tile_loss(tokens=8)", before)
     report = looked_at(after, tokens=4)
     assert (report.status, report.reason) == ("matched", "computed in chunks already")
+
+
+class Losses(Model):
+    """The loss of each token, from a small model with a tied head."""
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return log_softmax_picked(super().__call__(tokens), jnp.roll(tokens, -1, axis=1))
+
+
+@pytest.mark.parametrize("pass_", [TileLoss(tokens=2), TileLoss(tokens=6), TileLoss(vocabulary=5)], ids=str)
+def test_oracle(pass_: TileLoss) -> None:
+    assert_preserves(pass_, Losses(), TOKENS)
