@@ -166,11 +166,11 @@ class Buffers:
         nodes: the operations that some output needs, in order.
         steps: what writes buffers, in order.
         outputs: what is returned: buffers, inputs, or none for a constant.
-        nbytes: bytes of every buffer and input.
     """
 
-    def __init__(self, graph: Graph, backend: Backend, prefix: Path = ()):
+    def __init__(self, graph: Graph, backend: Backend, prefix: Path = (), bodies: "dict[int, Buffers] | None" = None):
         self.backend = backend
+        self._bodies = {} if bodies is None else bodies
         self.inputs = graph.inputs
         flat = Flat(graph, merge=backend.merges_recomputation, prefix=prefix)
         self.outputs: list[Value | None] = flat.outputs
@@ -249,6 +249,13 @@ class Buffers:
     def _step(self, node: Node) -> Step:
         return Step(node.op, node.path, [y for y in node.outputs if y in self._kept], self._sources(node.inputs))
 
+    def body(self, graph: Graph) -> "Buffers":
+        """The buffers of a loop's body or of a branch; a body that several operations share is looked at once."""
+        if id(graph) not in self._bodies:
+            backend = dataclasses.replace(self.backend, merges_recomputation=False)
+            self._bodies[id(graph)] = Buffers(graph, backend, bodies=self._bodies)
+        return self._bodies[id(graph)]
+
     def keeps(self, x: Value) -> bool:
         """Whether a value is a buffer."""
         return x in self._kept
@@ -279,20 +286,9 @@ class Buffers:
         if name in ("transpose", "slice", "split", "broadcast_in_dim", "concatenate"):
             return all(self.feeds_products(y) for y in reader.outputs)
         if name == "scan":
-            body = inner(reader.op.bodies[0], self.backend)
+            body = self.body(reader.op.bodies[0])
             return all(body.feeds_products(body.inputs[i]) for i, y in enumerate(reader.operands) if y is x)
         return False
-
-
-_INNER: dict[tuple[int, Backend], tuple[Graph, Buffers]] = {}
-
-
-def inner(body: Graph, backend: Backend) -> Buffers:
-    """The buffers of a body."""
-    key = (id(body), backend)
-    if key not in _INNER:
-        _INNER[key] = (body, Buffers(body, dataclasses.replace(backend, merges_recomputation=False)))
-    return _INNER[key][1]
 
 
 def size_bytes(x: Value) -> int:

@@ -8,9 +8,9 @@ afterwards where the operation may work in place. A loop adds the most that one 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
-from compax.analysis.buffers import BACKENDS, Backend, Buffers, Step, fusible, inner, size_bytes
+from compax.analysis.buffers import BACKENDS, Buffers, Step, fusible, size_bytes
 from compax.analysis.tracing import Place, Traced
-from compax.ir import Graph, Value
+from compax.ir import Value
 
 _IN_PLACE = frozenset({"dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "scatter-mul", "while", "scan"})
 
@@ -83,7 +83,7 @@ def liveness(traced: Traced, platform: str, *, donated: Collection[str] = ()) ->
             aliased.add(x)
     outputs = sum(size_bytes(x) for x in traced.graph.outputs if isinstance(x, Value))
     apart = returned if backend.reserves_outputs else aliased
-    run = _run(buffers, set(apart))
+    run = _run(buffers, set(apart), {})
     fixed = sum(arguments.values()) + sum(size_bytes(x) for x in apart if x not in aliased)
     return Liveness(
         arguments=arguments,
@@ -113,7 +113,14 @@ class _Run:
     timeline: list[int]
 
 
-def _run(buffers: Buffers, apart: Collection[Value]) -> _Run:
+def _run(buffers: Buffers, apart: Collection[Value], turns: dict[int, int]) -> _Run:
+    """Follows the steps.
+
+    Args:
+        buffers: what they read and write.
+        apart: results that are counted elsewhere.
+        turns: for bodies that were followed before, what a turn needs.
+    """
     last: dict[Value, int] = {}
     for number, step in enumerate(buffers.steps):
         last.update(dict.fromkeys(step.reads, number))
@@ -133,7 +140,7 @@ def _run(buffers: Buffers, apart: Collection[Value]) -> _Run:
                 now -= held.pop(taken)[0]
             held[y] = (size, step)
             now += size
-        turn = _turn(step, buffers.backend)
+        turn = _turn(step, buffers, turns)
         found.timeline.append(now + turn)
         if now + turn > found.peak:
             found.peak = now + turn
@@ -149,22 +156,15 @@ def _in_place(step: Step) -> bool:
     return name in _IN_PLACE or fusible(step.op)
 
 
-_TURNS: dict[tuple[int, Backend], tuple[Graph, int]] = {}
-
-
-def _turn(step: Step, backend: Backend) -> int:
+def _turn(step: Step, buffers: Buffers, turns: dict[int, int]) -> int:
     """The most that a turn of a loop, or a branch, needs beside what goes in and comes out of it."""
     if step.op.name not in ("scan", "while", "cond"):
         return 0
     bodies = step.op.bodies if step.op.name == "cond" else step.op.bodies[-1:]
-    return max(_body(body, backend) for body in bodies)
-
-
-def _body(body: Graph, backend: Backend) -> int:
-    key = (id(body), backend)
-    if key not in _TURNS:
-        _TURNS[key] = (body, _run(inner(body, backend), ()).peak)
-    return _TURNS[key][1]
+    for body in bodies:
+        if id(body) not in turns:
+            turns[id(body)] = _run(buffers.body(body), (), turns).peak
+    return max(turns[id(body)] for body in bodies)
 
 
 def _alive(traced: Traced, run: _Run) -> Sequence[Alive]:
