@@ -125,7 +125,7 @@ class Program:
         values = []
         for tag in captured.inputs:
             if tag.kind == "parameter":
-                value = params[tag.path]
+                value = self.placement.moved({tag.path: params[tag.path]}, home=False)[tag.path]
                 values.append(jax.lax.stop_gradient(value) if tag.path in self.frozen else value)
             else:
                 values.append(state[tag.path] if tag.kind == "state" else next(names))

@@ -305,6 +305,7 @@ def digests(arrays: dict[str, jax.Array]) -> dict[str, list[int]]:
 @jax.jit
 def _digest(array: jax.Array) -> jax.Array:
     """Sums the bits as unsigned integers, once plainly and once weighted by place; order does not matter to either."""
+    array = jax.device_put(array, jax.memory.Space.Device)  # it may live in the host's memory
     integral = jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_
     words = array if integral else jax.lax.bitcast_convert_type(array, _WORDS.get(array.dtype.itemsize, jnp.uint32))
     words = words.astype(jnp.uint32).reshape(-1)

@@ -1,5 +1,7 @@
 """Offloading: what it puts into a program's placement, and what it leaves alone."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from compax.errors import PipelineError, SelectorError
@@ -49,3 +51,11 @@ def test_what_cannot_be_asked_for() -> None:
 def test_text() -> None:
     for text in ("offload()", "offload(at=embed.**, parameters=true)", "offload(optimizer=false, parameters=true)"):
         assert Pipeline.parse(str(Pipeline.parse(text))) == Pipeline.parse(text)
+
+
+def test_a_call_takes_parameters_from_the_host() -> None:
+    plain, tokens = program_of(), jnp.zeros((2, 4), jnp.int32)
+    program = run("offload(parameters=true)", plain)
+    there = program.replace(params=program.placement.placed(program.params))
+    assert {x.sharding.memory_kind for x in there.params.values()} == {HOST}
+    np.testing.assert_array_equal(there(tokens), plain(tokens))
