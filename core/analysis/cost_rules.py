@@ -131,7 +131,7 @@ WRITTEN_OUT: dict[str, tuple[int, int]] = {
 }
 """Operations and transcendental functions for each element of functions that JAX writes out."""
 if jax.__version_info__ >= (0, 12):
-    WRITTEN_OUT |= {"asin": (3, 2), "lgamma": (292, 0), "digamma": (75, 3), "polygamma": (262, 19)}
+    WRITTEN_OUT.update({"asin": (3, 2), "lgamma": (292, 0), "digamma": (75, 3), "polygamma": (262, 19)})
 
 
 ELEMENTWISE = _PLAIN | TRANSCENDENTAL | WRITTEN_OUT.keys() | {"integer_pow"}

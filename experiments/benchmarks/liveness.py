@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import compax
+from compax import lowering
 from compax.analysis.liveness import Liveness, liveness
 from compax.analysis.tracing import evaluated, traced
 from compax.experiments.benchmarks import reporting, zoo
@@ -92,7 +93,7 @@ def call_of(name: str, program: compax.Program) -> Case:
         return liveness(traced(evaluated, captured, parameter=params, state=state, argument=shapes), platform)
 
     def function(params: Any, state: Any, argument: Any) -> Any:
-        return compax.lowering.evaluate(
+        return lowering.evaluate(
             captured.graph,
             [
                 {"parameter": params, "state": state, "argument": argument}[tag.kind][tag.path]
@@ -143,7 +144,7 @@ def model_cases(name: str) -> list[Case]:
     def squared(params: Any, *inputs: Any) -> jax.Array:
         given = iter(inputs)
         values = [params[tag.path] if tag.kind == "parameter" else next(given) for tag in captured.inputs]
-        return jnp.mean(compax.lowering.evaluate(captured.graph, values)[0].astype(jnp.float32) ** 2)
+        return jnp.mean(lowering.evaluate(captured.graph, values)[0].astype(jnp.float32) ** 2)
 
     shapes = [
         jax.ShapeDtypeStruct(x.shape, x.dtype)
