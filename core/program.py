@@ -121,11 +121,11 @@ class Program:
         return output, {**state, **updates}, aux
 
     def _flat(self, captured: Captured, params: Arrays, state: Arrays, arrays: Sequence[Any]) -> list[Any]:
-        names = iter(arrays)
+        names, params = iter(arrays), self.placement.moved(params, home=False)
         values = []
         for tag in captured.inputs:
             if tag.kind == "parameter":
-                value = self.placement.moved({tag.path: params[tag.path]}, home=False)[tag.path]
+                value = params[tag.path]
                 values.append(jax.lax.stop_gradient(value) if tag.path in self.frozen else value)
             else:
                 values.append(state[tag.path] if tag.kind == "state" else next(names))

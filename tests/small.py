@@ -1,5 +1,7 @@
 """A small model of tokens, and what tests of a pass do with it: capture, run pipelines, look at what was done."""
 
+import dataclasses
+import textwrap
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ from flax import nnx
 
 import compax
 from compax import Pipeline, Program
+from compax.models import decoder
 
 D = 8
 
@@ -56,3 +59,15 @@ def statuses(program: Program) -> dict[str, str]:
 def reasons(program: Program) -> dict[str, str]:
     """Why, by site, as far as the last pass gave a reason."""
     return {site.name: site.reason for site in program.history[-1].sites if site.reason}
+
+
+def unindented(text: str) -> str:
+    """A golden text, without the indentation of the test that holds it."""
+    return textwrap.dedent(text).strip("\n")
+
+
+def abstract_decoder(size: str, **options: Any) -> Program:
+    """The program of a decoder of a named size, without arrays."""
+    config = dataclasses.replace(decoder.SIZES[size], **options)
+    model = nnx.eval_shape(lambda: decoder.Decoder(config, rngs=nnx.Rngs(0)))
+    return compax.capture(model, *decoder.example_inputs(config, sequence=16))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compax.analysis.normal import CALLS
 from compax.ir import Graph, Literal, Op, Path, Value
 
 RENAMING = frozenset(
@@ -63,10 +64,6 @@ COSTLY = frozenset(
 )
 """Operations on elements that a backend may rather keep than compute again."""
 
-CALLS = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
-    | {"remat", "remat2", "checkpoint"}
-)
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 _IN_PLACE = frozenset({"dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "scatter-mul", "sort"})
 _SMALL = 1024
@@ -82,14 +79,12 @@ class Backend:
         keeps_costly: whether transcendental functions that are read several times are kept.
         narrow_products: whether float32 values that products alone read are stored as the bfloat16 that these take.
         merges_recomputation: whether outside of loops a value that rematerialization computes again is the first one.
-        reserves_outputs: whether outputs have memory of their own from the beginning.
     """
 
     fuses_into_products: bool
     keeps_costly: bool
     narrow_products: bool
     merges_recomputation: bool
-    reserves_outputs: bool
 
 
 BACKENDS: Mapping[str, Backend] = {
@@ -98,21 +93,18 @@ BACKENDS: Mapping[str, Backend] = {
         keeps_costly=True,
         narrow_products=False,
         merges_recomputation=True,
-        reserves_outputs=True,
     ),
     "gpu": Backend(
         fuses_into_products=False,
         keeps_costly=True,
         narrow_products=False,
         merges_recomputation=False,
-        reserves_outputs=True,
     ),
     "tpu": Backend(
         fuses_into_products=True,
         keeps_costly=False,
         narrow_products=True,
         merges_recomputation=False,
-        reserves_outputs=True,
     ),
 }
 

@@ -65,8 +65,7 @@ def liveness(traced: Traced, platform: str, *, donated: Collection[str] = ()) ->
         platform: "cpu", "gpu" or "tpu".
         donated: kinds of inputs that are donated: results of the same shape and dtype take their place.
     """
-    backend = BACKENDS[platform]
-    buffers = Buffers(traced.graph, backend)
+    buffers = Buffers(traced.graph, BACKENDS[platform])
     arguments: dict[str, int] = {}
     for role, x in zip(traced.inputs, traced.graph.inputs, strict=True):
         arguments[role.kind] = arguments.get(role.kind, 0) + size_bytes(x)
@@ -82,9 +81,8 @@ def liveness(traced: Traced, platform: str, *, donated: Collection[str] = ()) ->
             free.remove((x.shape, str(x.dtype)))
             aliased.add(x)
     outputs = sum(size_bytes(x) for x in traced.graph.outputs if isinstance(x, Value))
-    apart = returned if backend.reserves_outputs else aliased
-    run = _run(buffers, set(apart), {})
-    fixed = sum(arguments.values()) + sum(size_bytes(x) for x in apart if x not in aliased)
+    run = _run(buffers, returned.keys(), {})
+    fixed = sum(arguments.values()) + sum(size_bytes(x) for x in returned if x not in aliased)
     return Liveness(
         arguments=arguments,
         outputs=outputs,

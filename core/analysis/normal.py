@@ -187,10 +187,11 @@ def _alive(nodes: list[Node], outputs: Sequence[Val]) -> list[Node]:
     return [node for node in nodes if id(node) in alive]
 
 
-_CALLS = frozenset(
+CALLS = frozenset(
     {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
     | {"custom_vjp_call_jaxpr"}
 )
+"""Operations that evaluate a body once."""
 _COPIES = frozenset(
     {"copy", "copy_p", "stop_gradient", "name", "sharding_constraint", "reshard", "pvary", "pcast", "reduce_precision"}
 )
@@ -389,7 +390,7 @@ class _Builder:
 
 _Handler = Callable[[_Builder, Op, list[Val], tuple[Path, Op, tuple[int, ...]], Depends], list[Val]]
 _ENTER: dict[str, _Handler] = {
-    **dict.fromkeys(_CALLS, _Builder.call),
+    **dict.fromkeys(CALLS, _Builder.call),
     "scan": _Builder.scan,
     "while": _Builder.loop,
     "cond": _Builder.branches,

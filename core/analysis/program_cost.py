@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from compax.analysis.cost import UNOWNED, Cost, graph_cost
-from compax.analysis.tracing import Scoped, Traced, evaluated, traced
+from compax.analysis.tracing import Traced, traced_call
 from compax.encoding import nbytes
 from compax.ir import Op, Path
 
@@ -36,20 +36,8 @@ def program_cost(program: "Program", target: "Target | str | None" = None, entry
         LoweringError: the program cannot be lowered as it is.
     """
     chosen = _target(target)
-    captured = program.graph(entry)
-    shapes = {
-        tag.path: jax.ShapeDtypeStruct(value.shape, value.dtype, weak_type=getattr(value.aval, "weak_type", False))
-        for tag, value in zip(captured.inputs, captured.graph.inputs, strict=True)
-        if tag.kind == "argument"
-    }
-
-    def call(evaluator: Scoped, **arguments: Mapping[str, Any]) -> list[jax.Array]:
-        if chosen is not None:
-            evaluator.platform = chosen.chip.platform
-        return evaluated(evaluator, **arguments)
-
-    found = traced(call, captured, parameter=program.params, state=program.state, argument=shapes)
-    return traced_cost(found, program, target=chosen, name=f"{program.name}, entry {captured.entry.name}")
+    found = traced_call(program, entry, platform=None if chosen is None else chosen.chip.platform)
+    return traced_cost(found, program, target=chosen, name=f"{program.name}, entry {found.captured.entry.name}")
 
 
 def traced_cost(

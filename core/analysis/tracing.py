@@ -87,18 +87,21 @@ class Traced:
     places: Mapping[Path, Place]
 
 
-def traced(function: Callable[..., Any], captured: "Captured", **arguments: Any) -> Traced:
+def traced(
+    function: Callable[..., Any], captured: "Captured", *, platform: str | None = None, **arguments: Any
+) -> Traced:
     """Traces a computation that evaluates a program.
 
     Args:
         function: takes a `Scoped` evaluator, by which it evaluates the program, and the arguments by name.
         captured: the program's graph.
+        platform: what the program is lowered for; by default JAX's platform.
         **arguments: pytrees of shapes (`jax.ShapeDtypeStruct`) or arrays; the names are the kinds of the inputs.
 
     Returns:
         The computation, its inputs and outputs flat, in the order of the arguments.
     """
-    evaluator = Scoped(captured)
+    evaluator = Scoped(captured, platform)
     names = tuple(arguments)
     closed = _jax.make_jaxpr(
         lambda *given: function(evaluator, **dict(zip(names, given, strict=True))), *arguments.values()
@@ -112,19 +115,35 @@ def traced(function: Callable[..., Any], captured: "Captured", **arguments: Any)
     return Traced(graph, inputs, captured, dict(_places(graph, _Paths(captured.graph))))
 
 
-def traced_call(program: "Program", entry: str | None = None) -> Traced:
+def traced_call(program: "Program", entry: str | None = None, *, platform: str | None = None) -> Traced:
     """A call of a program: from its parameters, its state and the arguments of an entry to all of its outputs.
+
+    Args:
+        program: the program; its parameters may be shapes.
+        entry: which entry; the first one by default.
+        platform: what it is lowered for; by default JAX's platform.
 
     Raises:
         SignatureError: there is no such entry.
     """
     captured = program.graph(entry)
-    shapes = {
+    return traced(
+        evaluated,
+        captured,
+        platform=platform,
+        parameter=program.params,
+        state=program.state,
+        argument=argument_shapes(captured),
+    )
+
+
+def argument_shapes(captured: "Captured") -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of the arguments that a graph takes, by path."""
+    return {
         tag.path: _jax.as_struct(value.aval)
         for tag, value in zip(captured.inputs, captured.graph.inputs, strict=True)
         if tag.kind == "argument"
     }
-    return traced(evaluated, captured, parameter=program.params, state=program.state, argument=shapes)
 
 
 def evaluated(

@@ -38,7 +38,6 @@ class Region:
         holder: which graph it is in: the steps that lead to a scan's body; empty at the top.
         start: position of its first operation.
         stop: position after its last one.
-        signature: what equal layers have in common.
         times: how often it runs: the length of the scan.
     """
 
@@ -46,7 +45,6 @@ class Region:
     holder: Path
     start: int
     stop: int
-    signature: tuple[str, ...]
     times: int
     kind: str = "layer"
 
@@ -95,8 +93,7 @@ def _regions(captured: Captured, meaning: Meaning, holder: Path, residuals: Sequ
     if holder:
         names = [x.name for branch in branches for x in branch]
         times = ir.resolve(captured.graph, (*holder[:-1], (holder[-1][0], -1))).attributes["length"]
-        kinds = tuple(x.kind for branch in branches for x in branch)
-        return [Region(common_prefix(names) or "layers", holder, 0, len(graph.ops), kinds, times)]
+        return [Region(common_prefix(names) or "layers", holder, 0, len(graph.ops), times)]
     signatures = [tuple(sorted(x.kind for x in branch)) for branch in branches]
     period = _period(signatures)
     ends = [residual.node.path[depth][0] + 1 for residual in residuals]
@@ -108,8 +105,7 @@ def _regions(captured: Captured, meaning: Meaning, holder: Path, residuals: Sequ
         if ends[last] <= start:
             continue
         names = [x.name for branch in branches[first : last + 1] for x in branch]
-        kinds = tuple(kind for signature in signatures[first : last + 1] for kind in signature)
-        result.append(Region(common_prefix(names) or f"layer.{len(result)}", holder, start, ends[last], kinds, 1))
+        result.append(Region(common_prefix(names) or f"layer.{len(result)}", holder, start, ends[last], 1))
         start = ends[last]
     return result
 

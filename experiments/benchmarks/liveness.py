@@ -23,7 +23,7 @@ from flax import nnx
 import compax
 from compax import lowering
 from compax.analysis.liveness import Liveness, liveness
-from compax.analysis.tracing import evaluated, traced
+from compax.analysis.tracing import argument_shapes, evaluated, traced
 from compax.experiments.benchmarks import reporting, zoo
 from compax.models import decoder
 from compax.passes.remat.planning import train_step
@@ -82,11 +82,7 @@ class Case:
 def call_of(name: str, program: compax.Program) -> Case:
     """A call of a program."""
     captured = program.graph()
-    shapes = {
-        tag.path: jax.ShapeDtypeStruct(x.shape, x.dtype)
-        for tag, x in zip(captured.inputs, captured.graph.inputs, strict=True)
-        if tag.kind == "argument"
-    }
+    shapes = argument_shapes(captured)
     params, state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (program.params, program.state))
 
     def predicted(platform: str) -> Liveness:

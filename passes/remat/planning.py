@@ -13,7 +13,7 @@ from compax.analysis import buffers as buffering
 from compax.analysis.buffers import BACKENDS, Backend, Buffers, Flat, Node, size_bytes
 from compax.analysis.cost_rules import Work, work
 from compax.analysis.liveness import Liveness, liveness
-from compax.analysis.tracing import Scoped, Traced, evaluated, traced
+from compax.analysis.tracing import Scoped, Traced, argument_shapes, evaluated, traced
 from compax.capture import Captured
 from compax.errors import CaptureError
 from compax.ir import Path, Value
@@ -60,25 +60,25 @@ class TrainStep:
         return step, tuple(self.arguments.values()), donated
 
 
+def returns_loss(captured: Captured) -> bool:
+    """Whether the first output of a graph is a number to differentiate."""
+    outputs = captured.graph.outputs
+    return bool(outputs) and outputs[0].shape == () and jnp.issubdtype(outputs[0].dtype, jnp.floating)
+
+
 def train_step(program: Program, captured: Captured, slots: int) -> TrainStep:
     """The step of an optimizer that keeps some float32 arrays of the size of each parameter, as Adam keeps two.
 
     Raises:
         CaptureError: the first output of the graph is no loss.
     """
-    loss = captured.graph.outputs[0] if captured.graph.outputs else None
-    if loss is None or loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+    if not returns_loss(captured):
         raise CaptureError(
             f"the entry '{captured.entry.name}' returns no loss, so there is no backward pass whose memory could be "
             "planned; capture the model with its loss: compax.capture(model, batch, loss=function)"
         )
     trainable, frozen = program.partition()
     shapes = jax.tree.map(_struct, (trainable, frozen, program.state))
-    inputs = {
-        tag.path: _jax.as_struct(value.aval)
-        for tag, value in zip(captured.inputs, captured.graph.inputs, strict=True)
-        if tag.kind == "argument"
-    }
     moments = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes[0]) for _ in range(slots)]
 
     def step(evaluator: Scoped, parameter: Any, frozen: Any, state: Any, optimizer: Any, argument: Any) -> Any:
@@ -98,7 +98,13 @@ def train_step(program: Program, captured: Captured, slots: int) -> TrainStep:
 
     return TrainStep(
         step,
-        {"parameter": shapes[0], "frozen": shapes[1], "state": shapes[2], "optimizer": moments, "argument": inputs},
+        {
+            "parameter": shapes[0],
+            "frozen": shapes[1],
+            "state": shapes[2],
+            "optimizer": moments,
+            "argument": argument_shapes(captured),
+        },
     )
 
 

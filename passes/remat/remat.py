@@ -12,7 +12,7 @@ from compax.contracts import Exact
 from compax.errors import BudgetError, PipelineError, SelectorError
 from compax.ir import Path
 from compax.meaning import Meaning
-from compax.passes.remat.planning import Plan, Planner
+from compax.passes.remat.planning import Plan, Planner, returns_loss
 from compax.printing import bytes_text, graph_text, share_text
 from compax.program import Program
 from compax.raising import Site, find_sites
@@ -199,11 +199,7 @@ class _View:
 
 def _with_loss(views: Sequence[_View]) -> _View:
     """The first graph that returns a loss; else the first one, which is then refused."""
-    for view in views:
-        outputs = view.captured.graph.outputs
-        if outputs and outputs[0].shape == () and jax.numpy.issubdtype(outputs[0].dtype, jax.numpy.floating):
-            return view
-    return views[0]
+    return next((view for view in views if returns_loss(view.captured)), views[0])
 
 
 def _own_chip() -> str:

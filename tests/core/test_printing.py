@@ -1,43 +1,29 @@
 """The text form of programs and graphs: what a person reads, and that the same program always gives the same text."""
 
-import dataclasses
 import os
 import re
 import subprocess
 import sys
-import textwrap
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import compax
 from compax import ir
 from compax.experiments.benchmarks.bodies import BODIES, Body
-from compax.models import decoder
 from compax.printing import bytes_text, count_text, flops_text, format_text, graph_text, share_text
 from compax.program_text import program_text
-from small import program_of, run
+from small import abstract_decoder, program_of, run, unindented
 
 D = 8
 
 
 def ones(*shape: int) -> jax.Array:
     return jnp.ones(shape, jnp.float32)
-
-
-def unindented(text: str) -> str:
-    return textwrap.dedent(text).strip("\n")
-
-
-def abstract_decoder(size: str, **options: Any) -> compax.Program:
-    config = dataclasses.replace(decoder.SIZES[size], **options)
-    model = nnx.eval_shape(lambda: decoder.Decoder(config, rngs=nnx.Rngs(0)))
-    return compax.capture(model, *decoder.example_inputs(config, sequence=16))
 
 
 # -- Numbers ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import re
-import textwrap
 from typing import Any
 
 import flax.linen as nn
@@ -15,25 +14,14 @@ from flax import nnx
 import compax
 import zoo
 from compax.experiments.benchmarks.bodies import BODIES
-from compax.models import decoder
 from compax.program_text import program_text
-from small import program_of, run
+from small import abstract_decoder, program_of, run, unindented
 
 D = 8
 
 
 def ones(*shape: int) -> jax.Array:
     return jnp.ones(shape, jnp.float32)
-
-
-def unindented(text: str) -> str:
-    return textwrap.dedent(text).strip("\n")
-
-
-def abstract_decoder(size: str, **options: Any) -> compax.Program:
-    config = dataclasses.replace(decoder.SIZES[size], **options)
-    model = nnx.eval_shape(lambda: decoder.Decoder(config, rngs=nnx.Rngs(0)))
-    return compax.capture(model, *decoder.example_inputs(config, sequence=16))
 
 
 @functools.cache
