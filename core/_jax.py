@@ -19,6 +19,7 @@ ClosedJaxpr = Any
 Array = Any
 
 Jaxpr = _core.Jaxpr
+Primitive = _extend.Primitive
 _Closed = _extend.ClosedJaxpr
 _BODY_TYPES = (Jaxpr, _Closed)
 
@@ -141,8 +142,13 @@ def aval_text(aval: AbstractValue) -> str:
 
 def is_explicit(x: Array) -> bool:
     """Whether the sharding of an array is part of its type."""
-    mesh = jax.typeof(x).sharding.mesh
-    return not mesh.empty and jax.sharding.AxisType.Explicit in mesh.axis_types
+    return is_explicit_type(jax.typeof(x))
+
+
+def is_explicit_type(aval: AbstractValue) -> bool:
+    """Whether a type says how its values lie on a mesh."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return mesh is not None and not mesh.empty and jax.sharding.AxisType.Explicit in mesh.axis_types
 
 
 def vary(x: Array, axes: frozenset[str]) -> Array:

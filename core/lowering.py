@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from compax import _jax, higher_order
+from compax.constraint import CONSTRAIN, constrain
 from compax.encoding import Encoded
 from compax.errors import LoweringError
 from compax.ir import Graph, Literal, Op, Operand, Value
@@ -277,6 +278,10 @@ def _layout(op: Op, operands: list[Any]) -> list[Any] | None:
         result = first.gather(operands[1], dict(attributes))
     elif op.name == "sharding_constraint":
         result = _constrain(first, attributes["sharding"], jax.lax.with_sharding_constraint)
+    elif op.name == CONSTRAIN:
+        result = _along(first, attributes["sharding"], attributes["gradient"])
+    elif op.name == "name":
+        result = first.leafwise(lambda leaf: _jax.bind(op.equation, [leaf])[0])
     elif op.name == "reshard":
         result = _constrain(first, attributes["dst_sharding"], jax.sharding.reshard)
     elif op.name in ("copy", "copy_p"):
@@ -311,6 +316,11 @@ def _constrain(x: Encoded, sharding: Any, constrain: Callable[[Any, Any], Any]) 
     return jax.tree.map(
         lambda leaf, spec: constrain(leaf, jax.sharding.NamedSharding(sharding.mesh, spec)), x, x.spec(sharding.spec)
     )
+
+
+def _along(x: Encoded, sharding: Any, gradient: Any) -> Encoded:
+    specs = x.spec(sharding.spec), x.spec(gradient.spec)
+    return jax.tree.map(lambda leaf, spec, back: constrain(leaf, sharding.mesh, spec, back), x, *specs)
 
 
 def _size(shape: Sequence[int]) -> int:

@@ -81,6 +81,17 @@ class Pipeline:
         """
         _check_order(tuple(history), self.passes)
 
+    def mesh_axes(self, devices: int | None = None) -> Mapping[str, int] | None:
+        """The axes of the mesh that the passes lay programs over, with their sizes; none if they lay them over none.
+
+        Args:
+            devices: how many there are; those of this process's JAX if none.
+
+        Raises:
+            ShardingError: the mesh does not fit them.
+        """
+        return next((axes for pass_ in self.passes if (axes := pass_.mesh_axes(devices)) is not None), None)
+
     def __call__(
         self,
         program: Program,

@@ -6,12 +6,14 @@ step, a plan for a slice) turns into shardings; nothing here touches a device be
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from compax.constraint import constrain
+from compax.encoding import Encoded
 from compax.errors import PlacementError
 
 DEVICE = "device"
@@ -33,6 +35,9 @@ class Placement:
             parameter it is the spec of the array that the encoding stands for.
         memory: the memory of parameters by path, one of `MEMORIES`; `DEVICE` for those that are not named.
         optimizer_memory: the memory of the optimizer's state.
+        optimizer: the sharding of the optimizer's state of parameters by path; as the parameter for those that are not
+            named.
+        gradients: the sharding of gradients by path; likewise.
         batch: the mesh axes over which the batch is spread.
     """
 
@@ -40,14 +45,16 @@ class Placement:
     specs: Mapping[str, PartitionSpec] = dataclasses.field(default_factory=dict)
     memory: Mapping[str, str] = dataclasses.field(default_factory=dict)
     optimizer_memory: str = DEVICE
+    optimizer: Mapping[str, PartitionSpec] = dataclasses.field(default_factory=dict)
+    gradients: Mapping[str, PartitionSpec] = dataclasses.field(default_factory=dict)
     batch: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for kind in (self.optimizer_memory, *self.memory.values()):
             if kind not in MEMORIES:
                 raise PlacementError(f"no memory is called '{kind}'; there are: {', '.join(MEMORIES)}")
-        if self.specs and self.mesh is None:
-            raise PlacementError(f"'{min(self.specs)}' has a spec, but there is no mesh whose axes it names; give one")
+        if self.mesh is None and (named := {*self.specs, *self.optimizer, *self.gradients}):
+            raise PlacementError(f"'{min(named)}' has a spec, but there is no mesh whose axes it names; give one")
         axes = () if self.mesh is None else self.mesh.axis_names
         if unknown := [name for name in self.batch if name not in axes]:
             raise PlacementError(
@@ -56,7 +63,8 @@ class Placement:
 
     def __hash__(self) -> int:
         memory = frozenset(self.memory.items())
-        return hash((self.mesh, frozenset(self.specs), memory, self.optimizer_memory, self.batch))
+        specs = frozenset(self.specs), frozenset(self.optimizer), frozenset(self.gradients)
+        return hash((self.mesh, specs, memory, self.optimizer_memory, self.batch))
 
     def replace(self, **changes: Any) -> "Placement":
         """A placement with some attributes replaced."""
@@ -79,6 +87,79 @@ class Placement:
     def memory_kind(self, path: str) -> str:
         """The memory of a parameter."""
         return self.memory.get(path, DEVICE)
+
+    def mesh_over(self, devices: Mesh | Sequence[Any] | None = None) -> Mesh:
+        """The placement's mesh over some devices.
+
+        Args:
+            devices: a mesh, or devices to lay it over; by default all of JAX's, neighbours beside each other.
+
+        Raises:
+            PlacementError: there is no mesh, it has other axes, or there are too few devices.
+        """
+        if self.mesh is None:
+            raise PlacementError("the program is laid over no mesh: apply the pass shard, as in shard(data=-1)")
+        if isinstance(devices, Mesh):
+            return devices
+        if devices is None and isinstance(self.mesh, Mesh):
+            return self.mesh
+        given = list(jax.devices() if devices is None else devices)
+        if self.mesh.size != len(given):
+            raise PlacementError(
+                f"the program is laid over {mesh_text(self.mesh)}, that is {self.mesh.size} devices, and there are "
+                f"{len(given)}: shard it for {len(given)}, with -1 for the axis that takes what is left"
+            )
+        sizes, names = tuple(self.mesh.shape.values()), self.mesh.axis_names
+        return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes), devices=given)
+
+    def over(self, mesh: Mesh) -> "Placement":
+        """The same over the devices of a mesh.
+
+        Raises:
+            PlacementError: the mesh has other axes, or other sizes of them.
+        """
+        if self.mesh is not None and dict(self.mesh.shape) != dict(mesh.shape):
+            raise PlacementError(
+                f"the program is laid over {mesh_text(self.mesh)}, and the mesh given is {mesh_text(mesh)}: shard it "
+                "for that mesh, or give one of those axes"
+            )
+        return self.replace(mesh=mesh)
+
+    def optimizer_spec(self, path: str) -> PartitionSpec:
+        """The spec of the optimizer's state of a parameter."""
+        return self.optimizer.get(path, self.spec(path))
+
+    def gradient_spec(self, path: str) -> PartitionSpec:
+        """The spec of the gradient of a parameter."""
+        return self.gradients.get(path, self.spec(path))
+
+    def shardings(self, params: Mapping[str, Any], specs: Mapping[str, PartitionSpec] | None = None) -> dict[str, Any]:
+        """Shardings of parameters by path, leaf by leaf for encoded ones; memory kinds included.
+
+        Args:
+            params: arrays, shapes or encodings.
+            specs: in place of the parameters' own.
+        """
+        found: dict[str, Any] = {}
+        for path, value in params.items():
+            spec, kind = (self.specs if specs is None else specs).get(path, PartitionSpec()), self.memory_kind(path)
+            leaves = value.spec(spec) if isinstance(value, Encoded) else spec
+            found[path] = jax.tree.map(lambda leaf, kind=kind: self.place(leaf, kind), leaves, is_leaf=_is_spec)
+        return found
+
+    def constrained(self, params: Mapping[str, Any], specs: Mapping[str, PartitionSpec]) -> dict[str, Any]:
+        """Parameters, or what has their paths, constrained to specs within a computation; whole where none is named."""
+        found: dict[str, Any] = {}
+        for path, value in params.items():
+            spec = specs.get(path, PartitionSpec())
+            found[path] = jax.tree.map(self.laid, value, value.spec(spec) if isinstance(value, Encoded) else spec)
+        return found
+
+    def laid(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """An array constrained to a spec within a computation; the array if there is no mesh."""
+        if self.mesh is None:
+            return x
+        return constrain(x, self.mesh if isinstance(self.mesh, AbstractMesh) else self.mesh.abstract_mesh, spec)
 
     def moved(self, params: Mapping[str, Any], *, home: bool) -> dict[str, Any]:
         """Parameters by path, with those that live elsewhere on the device for their use, or (`home`) back."""
@@ -122,6 +203,15 @@ class Placement:
         if device is None:
             device = self.mesh.devices.flat[0] if isinstance(self.mesh, Mesh) else jax.devices()[0]
         check_memory(device, self.memories)
+
+
+def mesh_text(mesh: Mesh | AbstractMesh) -> str:
+    """The axes of a mesh and their sizes, as in `data=4, tensor=2`."""
+    return ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
 
 
 def check_memory(device: Any, memories: frozenset[str]) -> None:

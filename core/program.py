@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from compax import lowering, module, program_text, raising
 from compax.analysis import coverage as covering
@@ -81,6 +82,22 @@ class Program:
         """
         own = (dict(map(_logical, self.params.items())), dict(map(_logical, self.state.items())))
         return self.replace(origin=self.origin or own, **changes)
+
+    def place(self, devices: "Mesh | Sequence[Any] | None" = None) -> "Program":
+        """The program on the devices that its placement is for, its arrays where they belong.
+
+        Args:
+            devices: a mesh, or devices to lay the placement's mesh over; by default all of JAX's.
+
+        Raises:
+            PlacementError: the program is laid over no mesh, or over another one, or there are too few devices.
+        """
+        mesh = self.placement.mesh_over(devices)
+        placement = self.placement.over(mesh)
+        whole = NamedSharding(mesh, PartitionSpec())
+        params = jax.device_put(dict(self.params), placement.shardings(self.params))
+        state = jax.device_put(dict(self.state), whole)
+        return self.replace(params=params, state=state, placement=placement)
 
     # -- calling ------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from compax.errors import PipelineError
 Bytes = Annotated[int, "bytes"]
 """An integer that is printed with a binary unit where one divides it."""
 
-_WORD = re.compile(r"[\w.*:!/#+-]+", re.ASCII)
+_WORD = re.compile(r"[\w.*:!/#+>-]+", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 _SPACE = re.compile(r"\s*")

@@ -271,6 +271,17 @@ class Pass:
         """The contract under these options; by default that of the class."""
         return self.contract
 
+    def mesh_axes(self, devices: int | None) -> Mapping[str, int] | None:
+        """The axes of the mesh that it lays programs over, with their sizes; none if it lays them over none.
+
+        Args:
+            devices: how many there are; those of this process's JAX if none.
+
+        Raises:
+            ShardingError: the mesh does not fit them.
+        """
+        return None
+
     def select(self, sites: Iterable[AnyNamed], what: str = "site") -> list[AnyNamed]:
         """Those of `sites` that `at` selects; none, if there are none and the pass is not strict.
 

@@ -32,9 +32,10 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 
-from compax.errors import ConfigError, MemoryLimitError
+import compax
+from compax.errors import ConfigError, MemoryLimitError, ShardingError
 from compax.experiments import config as configs
 from compax.experiments import plan_text
 from compax.experiments.config import Config
@@ -44,6 +45,7 @@ from compax.experiments.plan_build import BUILDER, Facts
 from compax.experiments.plan_report import TOKENS_PER_PARAMETER, Report
 from compax.target import Target
 from compax.tpu import Request, compile_for, parse_mesh
+from compax.tpu.topology import mesh_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +109,8 @@ def make_report(config: Config, options: Options, tell: Tell) -> Report:
     if not topology:
         raise ConfigError("no slice to plan for: give --topology=v5e:4x4, or plan.topology in the config")
     target = Target.parse(topology)
-    axes = parse_mesh(options.mesh or config.plan.mesh or "data=-1", target)
-    arguments = {"config": configs.to_json(config), "forward": options.forward}
+    axes = mesh_axes(config, options.mesh, target)
+    arguments = {"config": configs.to_json(config), "forward": options.forward, "target": str(target)}
     compiled = compile_for(Request(target, axes, BUILDER, arguments, options.hlo), tell)
     facts = Facts(**compiled.facts)
     tokens = options.tokens or float(TOKENS_PER_PARAMETER * facts.parameters)
@@ -123,6 +125,22 @@ def make_report(config: Config, options: Options, tell: Tell) -> Report:
         compiled=compiled,
         tokens=tokens,
     )
+
+
+def mesh_axes(config: Config, mesh: str, target: Target) -> Mapping[str, int]:
+    """The mesh to plan for: that of the pipeline, or else what is asked for, or the config's.
+
+    Raises:
+        ShardingError: it does not fit the target, or the pipeline lays the program over another one than is asked for.
+    """
+    given = mesh or config.plan.mesh
+    devices = None if target.chip.platform == "cpu" else target.num_devices
+    laid = compax.Pipeline.parse(config.pipeline).mesh_axes(devices)
+    if laid is None:
+        return parse_mesh(given or "data=-1", target)
+    if mesh and dict(parse_mesh(mesh, target)) != dict(laid):
+        raise ShardingError(f"--mesh={mesh}, but the pipeline lays the program over {mesh_text(laid)}: leave one out")
+    return laid
 
 
 PHASES = {

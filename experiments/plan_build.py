@@ -20,7 +20,10 @@ from compax.experiments import config as configs
 from compax.experiments import programs, shardings
 from compax.experiments.config import Config
 from compax.experiments.optimizer import optimizer
+from compax.experiments.shardings import StepSpecs
 from compax.experiments.step import TrainState, make_step
+from compax.passes.shard.rules import axes_of, spec_text
+from compax.target import Target
 from compax.tpu.worker import Built
 
 BUILDER = f"{__name__}:build"
@@ -82,11 +85,10 @@ def build(mesh: Mesh, arguments: Mapping[str, Any]) -> Built:
     """
     config = configs.from_json(arguments["config"], where="the config")
     vocabulary = config.tokenizer.vocabulary
-    program = programs.build_program(config, vocabulary, abstract=True)
+    program = programs.build_program(config, vocabulary, abstract=True, target=Target.parse(arguments["target"]))
     axes = dict(mesh.shape)
-    specs = shardings.parameter_specs(program.params, config.sharding.params, axes, program.placement.specs)
-    batch_axes = config.sharding.batch
-    tokens_spec = shardings.batch_spec(batch_axes, axes, programs.micro_batch(config))
+    specs = shardings.step_specs(config, program, axes)
+    tokens_spec = shardings.batch_spec(specs.batch, axes, programs.micro_batch(config))
     shape = (config.optimizer.accumulation, programs.micro_batch(config), config.data.sequence_length + 1)
     tokens = shardings.abstract(mesh, jax.ShapeDtypeStruct(shape, jnp.int32), tokens_spec)
     if arguments["forward"]:
@@ -109,18 +111,16 @@ def abstract_state(config: Config, program: compax.Program) -> tuple[TrainState,
 
 
 def _train(
-    mesh: Mesh, config: Config, program: compax.Program, specs: Mapping[str, PartitionSpec], tokens: Any
+    mesh: Mesh, config: Config, program: compax.Program, specs: StepSpecs, tokens: Any
 ) -> tuple[jax.stages.Traced, tuple[TrainState, dict[str, Any]]]:
     state: Any
     state, frozen = abstract_state(config, program)
     params, placement = {**state.params, **frozen}, program.placement
-    rules, field = config.sharding.optimizer, "sharding.optimizer"
-    of_optimizer = shardings.parameter_specs(params, rules, dict(mesh.shape), specs, field)
     of_state = dataclasses.replace(
         state,
-        params=shardings.follow(state.params, params, specs),
+        params=shardings.follow(state.params, params, specs.params),
         state=jax.tree.map(lambda leaf: PartitionSpec(), state.state),
-        optimizer=shardings.follow(state.optimizer, params, of_optimizer),
+        optimizer=shardings.follow(state.optimizer, params, specs.optimizer),
         updates=PartitionSpec(),
         skipped=PartitionSpec(),
     )
@@ -130,9 +130,9 @@ def _train(
         params=shardings.in_memories(placed.params, placement.memory),
         optimizer=shardings.in_memory(placed.optimizer, placement.optimizer_memory),
     )
-    kept = shardings.abstract(mesh, frozen, shardings.follow(frozen, params, specs))
+    kept = shardings.abstract(mesh, frozen, shardings.follow(frozen, params, specs.params))
     kept = shardings.in_memories(kept, placement.memory)
-    step = make_step(config, program)
+    step = make_step(config, program, specs)
 
     def train_step(state: TrainState, frozen: dict[str, Any], tokens: jax.Array) -> Any:
         return step(state, frozen, tokens)
@@ -143,9 +143,9 @@ def _train(
 
 
 def _forward(
-    mesh: Mesh, program: compax.Program, specs: Mapping[str, PartitionSpec], tokens: Any
+    mesh: Mesh, program: compax.Program, specs: StepSpecs, tokens: Any
 ) -> tuple[jax.stages.Traced, tuple[TrainState, dict[str, Any]]]:
-    params = shardings.abstract(mesh, program.params, shardings.follow(program.params, program.params, specs))
+    params = shardings.abstract(mesh, program.params, shardings.follow(program.params, program.params, specs.params))
     params = shardings.in_memories(params, program.placement.memory)
     state = shardings.abstract(mesh, program.state, PartitionSpec())
 
@@ -161,7 +161,7 @@ def _forward(
 def _facts(
     config: Config,
     program: compax.Program,
-    specs: Mapping[str, PartitionSpec],
+    specs: StepSpecs,
     mesh: Mesh,
     placed: tuple[TrainState, dict[str, Any]],
     tokens: Any,
@@ -176,11 +176,11 @@ def _facts(
     passes = 1 if forward else 2 + trained / total
     whole = {**state.params, **frozen}
     sizes = {path: shardings.device_bytes(value) for path, value in whole.items()}
-    split = math.prod(mesh.shape[name] for name in config.sharding.batch)
+    split = math.prod(mesh.shape[name] for name in specs.batch)
     exchanged: dict[str, int] = {}
     gradients = 0
     for path in trainable if not forward else ():
-        over = set(shardings.axes_of(specs[path])).intersection(config.sharding.batch)
+        over = set(axes_of(specs.params[path])).intersection(specs.batch)
         gathered = math.prod(mesh.shape[name] for name in over)
         gradients += sizes[path]
         _count(exchanged, path, sizes, gathered, parts, split)
@@ -198,9 +198,9 @@ def _facts(
         state_bytes=shardings.device_bytes((state.state, state.updates, state.skipped)),
         batch_bytes=shardings.device_bytes(tokens),
         gradient_bytes=gradients,
-        optimizer_split_bytes=_split_bytes(state, config, mesh),
+        optimizer_split_bytes=_split_bytes(state, specs.batch, mesh),
         largest=tuple(
-            (path, format_of(whole[path]), tuple(whole[path].shape), _spec_text(specs[path]), sizes[path])
+            (path, format_of(whole[path]), tuple(whole[path].shape), spec_text(specs.params[path]), sizes[path])
             for path in sorted(sizes, key=lambda path: -sizes[path])[:_LARGEST]
         ),
         exchanged=exchanged,
@@ -218,16 +218,12 @@ def _count(
         exchanged["all-reduce"] = exchanged.get("all-reduce", 0) + parts * sizes[path]
 
 
-def _split_bytes(state: TrainState, config: Config, mesh: Mesh) -> int:
+def _split_bytes(state: TrainState, batch: tuple[str, ...], mesh: Mesh) -> int:
     """Bytes of the optimizer's state on a device if it were split over the batch's axes that do not split it yet."""
     total = 0
     for leaf in jax.tree.leaves(state.optimizer):
-        used = shardings.axes_of(leaf.sharding.spec)
-        free = math.prod(mesh.shape[name] for name in config.sharding.batch if name not in used)
+        used = axes_of(leaf.sharding.spec)
+        free = math.prod(mesh.shape[name] for name in batch if name not in used)
         nbytes = shardings.device_bytes(leaf)
         total += nbytes // free if leaf.ndim else nbytes
     return total
-
-
-def _spec_text(spec: PartitionSpec) -> str:
-    return ",".join("-" if not entry else entry if isinstance(entry, str) else "+".join(entry) for entry in spec) or "-"

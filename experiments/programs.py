@@ -13,6 +13,7 @@ import compax
 from compax.errors import ConfigError
 from compax.experiments.config import Config, closest
 from compax.models import decoder
+from compax.target import Target
 
 TRAIN = "train"
 EVAL = "eval"
@@ -79,12 +80,20 @@ def example_batch(config: Config) -> dict[str, jax.Array]:
     return {"tokens": jax.random.randint(jax.random.key(config.seed), shape, 0, 256, jnp.int32)}
 
 
-def build_program(config: Config, vocabulary: int, *, abstract: bool = False) -> compax.Program:
+def build_program(
+    config: Config, vocabulary: int, *, abstract: bool = False, target: Target | None = None
+) -> compax.Program:
     """Returns the program that a config trains: the model's loss, with the config's pipeline applied.
+
+    Args:
+        config: the config.
+        vocabulary: of the tokenizer.
+        abstract: shapes alone, no parameters.
+        target: what the passes prepare it for; by default the devices of this process.
 
     Raises:
         CompaxError: The model or the pipeline is not valid.
     """
     program = capture(config, build_model(config, vocabulary, abstract=abstract))
     samples = () if abstract else (example_batch(config),)
-    return compax.Pipeline.parse(config.pipeline)(program, *samples)
+    return compax.Pipeline.parse(config.pipeline)(program, *samples, target=target)

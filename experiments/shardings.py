@@ -1,12 +1,7 @@
 """Which array of a train step has which sharding: the one place that decides it.
 
-Rules are texts `GLOB: SPEC`. A glob is a selector of parameter paths (`compax.selectors`); a spec has one entry for
-each dimension from the front, `-` for a dimension that is not split, the name of a mesh axis, or several joined by `+`:
-
-    "blocks.**.mlp.up.kernel: -,fsdp,model"        # scanned layers in front; D over fsdp, F over model
-    "embed.embedding: data+model,-"
-
-A later rule overrides an earlier one; what no rule names is on every device whole. Gradients follow their
+Specs come from the program's placement, where a pass put them, and from rules of the config that override them (texts
+of `compax.passes.shard.rules.ParameterRule`); what neither names is on every device whole. Gradients follow their
 parameter, and so does the optimizer's state, unless `sharding.optimizer` has rules for it (Rajbhandari et al.,
 "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2019, arXiv 1910.02054). Encoded parameters are
 split leaf by leaf (`Encoded.spec`), and the batch is split over the axes of `sharding.batch`.
@@ -22,109 +17,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import compax
 from compax.encoding import Encoded, leaf_nbytes
-from compax.errors import EncodingError, SelectorError, ShardingError
-from compax.placement import DEVICE
-from compax.selectors import select
-from compax.tpu.topology import check_axis
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A rule, parsed.
-
-    Attributes:
-        text: as it was written.
-        glob: a selector of parameter paths.
-        spec: one entry for each dimension: the mesh axes that it is split over.
-    """
-
-    text: str
-    glob: str
-    spec: tuple[tuple[str, ...], ...]
-
-    @classmethod
-    def parse(cls, text: str, axes: Mapping[str, int], field: str) -> Rule:
-        """Reads a rule.
-
-        Raises:
-            ShardingError: it is malformed, names an axis that the mesh does not have, or one twice.
-        """
-        glob, colon, spec = text.rpartition(":")
-        where = f"{field}: '{text}'"
-        if not colon or not glob.strip() or not spec.strip():
-            raise ShardingError(f"{where} is not 'GLOB: SPEC', as in 'blocks.**.mlp.up.kernel: -,model'")
-        entries: list[tuple[str, ...]] = []
-        for part in spec.split(","):
-            names = () if part.strip() == "-" else tuple(name.strip() for name in part.split("+"))
-            for name in names:
-                check_axis(name, axes, where)
-            entries.append(names)
-        used = [name for names in entries for name in names]
-        if len(set(used)) < len(used):
-            twice = next(name for name in used if used.count(name) > 1)
-            raise ShardingError(f"{where} uses the mesh axis '{twice}' for two dimensions: an axis splits one of them")
-        return cls(text, glob.strip(), tuple(entries))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Path:
-    """A parameter in the place of a site, so that selectors apply to it."""
-
-    name: str
-    kind: str = "parameter"
-
-
-def parameter_specs(
-    params: Mapping[str, Any],
-    rules: Sequence[str],
-    axes: Mapping[str, int],
-    placed: Mapping[str, PartitionSpec] | None = None,
-    field: str = "sharding.params",
-) -> dict[str, PartitionSpec]:
-    """The spec of each parameter.
-
-    Args:
-        params: by path: arrays, shapes or encodings.
-        rules: texts, as the module describes them.
-        axes: of the mesh: sizes by name.
-        placed: specs by path that were chosen before, as by passes (`Program.placement`); rules override them.
-        field: of the config that the rules are from, for messages.
-
-    Raises:
-        ShardingError: a rule is malformed, matches nothing, has more entries than a parameter has dimensions, or
-            splits a dimension that does not divide.
-    """
-    specs = dict.fromkeys(params, PartitionSpec())
-    for path, spec in (placed or {}).items():
-        for name in axes_of(spec):
-            check_axis(name, axes, f"the program's placement of {path}")
-        specs[path] = spec
-    for rule in (Rule.parse(text, axes, field) for text in rules):
-        try:
-            matched = [path.name for path in select(rule.glob, map(_Path, params), what="parameter")]
-        except SelectorError as error:
-            raise ShardingError(f"{field}: '{rule.text}': {error}") from error
-        for path in matched:
-            _check(f"{field}: '{rule.text}' on {path}", params[path].shape, rule, axes)
-            specs[path] = PartitionSpec(*(_entry(names) for names in rule.spec))
-    return specs
-
-
-def _check(where: str, shape: Sequence[int], rule: Rule, axes: Mapping[str, int]) -> None:
-    where = f"{where} {list(shape)}"
-    if len(rule.spec) > len(shape):
-        raise ShardingError(f"{where}: {len(rule.spec)} entries for {len(shape)} dimension(s)")
-    for dim, names in enumerate(rule.spec):
-        parts = math.prod(axes[name] for name in names)
-        if shape[dim] % parts:
-            raise ShardingError(
-                f"{where}: dimension {dim} is {shape[dim]}, which {'+'.join(names)} ({parts}) does not divide"
-            )
-
-
-def _entry(names: tuple[str, ...]) -> Any:
-    return None if not names else names[0] if len(names) == 1 else names
+from compax.errors import EncodingError, ShardingError
+from compax.experiments.config import Config
+from compax.passes.shard.rules import check_axis, entry, parameter_specs
+from compax.placement import DEVICE, Placement
 
 
 def leaf_specs(path: str, value: Any, spec: PartitionSpec) -> Any:
@@ -155,7 +53,9 @@ def follow(tree: Any, params: Mapping[str, Any], specs: Mapping[str, PartitionSp
     known: dict[tuple[str, str], tuple[tuple[int, ...], PartitionSpec]] = {}
     for path, value in params.items():
         leaves = jax.tree_util.tree_leaves_with_path(value)
-        for (place, leaf), spec in zip(leaves, jax.tree.leaves(leaf_specs(path, value, specs[path])), strict=True):
+        for (place, leaf), spec in zip(
+            leaves, jax.tree.leaves(leaf_specs(path, value, specs.get(path, PartitionSpec()))), strict=True
+        ):
             known[path, jax.tree_util.keystr(place)] = (tuple(leaf.shape), spec)
 
     def of(place: tuple[Any, ...], leaf: Any) -> PartitionSpec:
@@ -188,7 +88,51 @@ def batch_spec(batch_axes: Sequence[str], axes: Mapping[str, int], batch: int) -
             f"data.batch_size a multiple of {parts} times optimizer.accumulation (--batch), "
             "or split the batch over fewer axes with sharding.batch"
         )
-    return PartitionSpec(None, _entry(tuple(batch_axes)))
+    return PartitionSpec(None, entry(tuple(batch_axes)))
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpecs:
+    """Specs of everything in a train step.
+
+    Attributes:
+        params: of each parameter.
+        gradients: of each gradient.
+        optimizer: of what the optimizer keeps of each parameter.
+        batch: mesh axes that the batch is split over.
+    """
+
+    params: Mapping[str, PartitionSpec]
+    gradients: Mapping[str, PartitionSpec]
+    optimizer: Mapping[str, PartitionSpec]
+    batch: tuple[str, ...]
+
+
+def placement_specs(placement: Placement) -> StepSpecs:
+    """The specs that a program's placement asks for."""
+    return StepSpecs(
+        params=placement.specs,
+        gradients={**placement.specs, **placement.gradients},
+        optimizer={**placement.specs, **placement.optimizer},
+        batch=placement.batch,
+    )
+
+
+def step_specs(config: Config, program: compax.Program, axes: Mapping[str, int]) -> StepSpecs:
+    """The specs of a config's train step: the program's placement, and the config's rules over it.
+
+    Raises:
+        ShardingError: a rule is wrong, or does not fit.
+    """
+    placement, rules = program.placement, config.sharding
+    params = parameter_specs(program.params, rules.params, axes, placement.specs, "sharding.params")
+    split = {**params, **placement.optimizer} if not rules.params else params
+    return StepSpecs(
+        params=params,
+        gradients={**params, **placement.gradients} if not rules.params else params,
+        optimizer=parameter_specs(program.params, rules.optimizer, axes, split, "sharding.optimizer"),
+        batch=placement.batch or tuple(rules.batch),
+    )
 
 
 def abstract(mesh: Mesh, tree: Any, specs: Any) -> Any:
@@ -220,11 +164,6 @@ def in_memory(tree: Any, kind: str) -> Any:
 def in_memories(params: Mapping[str, Any], memory: Mapping[str, str]) -> dict[str, Any]:
     """Parameters with shardings, each in the memory that is named for its path."""
     return {path: in_memory(value, memory.get(path, DEVICE)) for path, value in params.items()}
-
-
-def axes_of(spec: PartitionSpec) -> list[str]:
-    """The mesh axes that a spec uses."""
-    return [name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry)]
 
 
 def device_bytes(tree: Any) -> int:

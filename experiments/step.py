@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,10 +12,12 @@ import numpy as np
 
 import compax
 from compax.errors import ConfigError
+from compax.experiments import shardings
 from compax.experiments.config import Config
 from compax.experiments.optimizer import optimizer, schedule
 from compax.experiments.programs import TRAIN
-from compax.placement import DEVICE, moved, placed
+from compax.experiments.shardings import StepSpecs, placement_specs
+from compax.placement import DEVICE, Placement, moved, placed
 
 Step = Callable[["TrainState", dict[str, Any], "jax.Array | np.ndarray"], tuple["TrainState", dict[str, jax.Array]]]
 
@@ -58,19 +60,38 @@ def start(config: Config, program: compax.Program) -> tuple[TrainState, dict[str
     # Fresh buffers: the step's are donated, the program's stay.
     trainable, state = jax.tree.map(jnp.copy, (trainable, program.state))
     zero = jnp.zeros((), jnp.int32)
-    moments = optimizer(config).init(trainable)
+
+    @jax.jit
+    def moments_of(params: dict[str, Any]) -> Any:
+        made = TrainState(params, {}, optimizer(config).init(params), zero, zero)
+        if placement.mesh is not None:
+            made = laid_out(made, program.params, placement, placement_specs(placement))
+        return made.optimizer
+
+    moments = moments_of(trainable)
     if placement.optimizer_memory != DEVICE:
         moments = placed(moments, placement.optimizer_memory)
     trainable, frozen = placement.placed(trainable), placement.placed(frozen)
     return TrainState(trainable, state, moments, zero, jnp.copy(zero)), frozen
 
 
-def make_step(config: Config, program: compax.Program) -> Step:
+def laid_out(state: TrainState, params: Mapping[str, Any], placement: Placement, specs: StepSpecs) -> TrainState:
+    """A state constrained to its specs, within a computation; what belongs to no parameter is on every device whole."""
+    of_optimizer = shardings.follow(state.optimizer, params, specs.optimizer)
+    return dataclasses.replace(
+        state,
+        params=placement.constrained(state.params, specs.params),
+        optimizer=jax.tree.map(placement.laid, state.optimizer, of_optimizer),
+    )
+
+
+def make_step(config: Config, program: compax.Program, specs: StepSpecs | None = None) -> Step:
     """Returns the jitted step `(state, frozen, tokens) -> (state, metrics)`; it donates the buffers of `state`.
 
     `tokens` is int32[accumulation, batch, sequence_length + 1]; gradients are the mean over the first dimension. An
     update whose loss or gradient is not finite is left out: parameters, program state and optimizer stay as they were.
-    What the program's placement keeps in host memory is on the device for the step alone.
+    What the program's placement keeps in host memory is on the device for the step alone. Where it is laid over a mesh,
+    parameters, gradients and the optimizer's state are constrained to their specs: by default the placement's.
 
     Metrics are float32 scalars: `loss` (nats per token, before the update), `grad_norm` (before clipping),
     `learning_rate`; and int32 `skipped` (steps in a row).
@@ -79,6 +100,11 @@ def make_step(config: Config, program: compax.Program) -> Step:
 
     update_rule, rate = optimizer(config), schedule(config)
     placement = program.placement
+    specs = specs or placement_specs(placement)
+
+    def laid(state: TrainState) -> TrainState:
+        """The state after a step lies as it did before."""
+        return state if placement.mesh is None else laid_out(state, program.params, placement, specs)
 
     def loss_of(
         trainable: dict[str, Any], frozen: dict[str, Any], state: dict[str, Any], tokens: jax.Array
@@ -99,9 +125,10 @@ def make_step(config: Config, program: compax.Program) -> Step:
         def add(carry: Any, part: jax.Array) -> tuple[Any, None]:
             total, state, sums = carry
             (loss, state), grads = differentiate(before.params, frozen, state, part)
-            return (total + loss, state, jax.tree.map(jnp.add, sums, grads)), None
+            sums = placement.constrained(jax.tree.map(jnp.add, sums, grads), specs.gradients)
+            return (total + loss, state, sums), None
 
-        zeros = jax.tree.map(jnp.zeros_like, before.params)
+        zeros = placement.constrained(jax.tree.map(jnp.zeros_like, before.params), specs.gradients)
         (total, state, sums), _ = jax.lax.scan(add, (jnp.zeros((), jnp.float32), before.state, zeros), tokens)
         return total / count, state, jax.tree.map(lambda leaf: leaf / count, sums)
 
@@ -112,6 +139,7 @@ def make_step(config: Config, program: compax.Program) -> Step:
             # Not before the gradients are there: activations and the optimizer's state never need memory together.
             grads, waiting = jax.lax.optimization_barrier((grads, before.optimizer))
             before = dataclasses.replace(before, optimizer=moved(waiting, DEVICE))
+        grads = placement.constrained(grads, specs.gradients)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, optimizer_state = update_rule.update(grads, before.optimizer, before.params)
@@ -122,6 +150,7 @@ def make_step(config: Config, program: compax.Program) -> Step:
             updates=before.updates + finite.astype(jnp.int32),
             skipped=jnp.where(finite, 0, before.skipped + 1),
         )
+        after = laid(after)
         after = dataclasses.replace(after, params=placement.moved(after.params, home=True))
         if placement.optimizer_memory != DEVICE:
             after = dataclasses.replace(after, optimizer=moved(after.optimizer, placement.optimizer_memory))

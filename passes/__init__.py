@@ -6,6 +6,7 @@ from compax.passes.freeze import Freeze
 from compax.passes.offload import Offload
 from compax.passes.quantize import Quantize
 from compax.passes.remat import Remat
+from compax.passes.shard import Shard
 from compax.passes.tile_loss import TileLoss
 
-__all__ = ["Cast", "Flash", "Freeze", "Offload", "Quantize", "Remat", "TileLoss"]
+__all__ = ["Cast", "Flash", "Freeze", "Offload", "Quantize", "Remat", "Shard", "TileLoss"]

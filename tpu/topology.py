@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -61,14 +60,6 @@ def parse_mesh(text: str, target: Target) -> dict[str, int]:
 def mesh_text(axes: Mapping[str, int]) -> str:
     """A mesh as text, as `parse_mesh` reads it."""
     return ",".join(f"{name}={size}" for name, size in axes.items())
-
-
-def check_axis(axis: str, axes: Mapping[str, int], where: str) -> None:
-    """Raises `ShardingError` if a mesh has no such axis; the message names the closest one."""
-    if axis not in axes:
-        near = difflib.get_close_matches(axis, axes, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ShardingError(f"{where} names the mesh axis '{axis}', the mesh has {', '.join(axes)}{hint}")
 
 
 def make_mesh(target: Target, axes: Mapping[str, int]) -> Mesh:

@@ -156,6 +156,12 @@ class Atoms:
     def _align(self, atom: Atom, segments: Sequence[Factors]) -> None:
         """An atom that is a sum is another sum too: cut both where either is cut."""
         mine, theirs = self._flat(atom.segments), self._flat(segments)
+        if _shifted(mine, theirs):
+            # Such as tokens beside those that follow them: to line these up would cut the axis into single indices.
+            for factors in ((atom,), *mine, *theirs):
+                self.freeze(factors, "set beside itself, shifted")
+            atom.segments = ()
+            return
         self._refine(mine, _cuts(map(size_of, theirs)))
         self._refine(theirs, _cuts(map(size_of, mine)))
         atom.segments = tuple(mine)
@@ -349,6 +355,21 @@ class Atoms:
             atom.reasons[reason] = None
             for segment in atom.segments:
                 self.freeze(segment, reason)
+
+
+def _shifted(left: Sequence[Factors], right: Sequence[Factors]) -> bool:
+    """Whether a part of one row is in another one at another place."""
+    places: dict[Factors, int] = {}
+    position = 0
+    for segment in left:
+        places.setdefault(segment, position)
+        position += size_of(segment)
+    position = 0
+    for segment in right:
+        if segment and places.get(segment, position) != position:
+            return True
+        position += size_of(segment)
+    return False
 
 
 def _cuts(sizes: Iterable[int]) -> list[int]:

@@ -89,6 +89,7 @@ _SAME = frozenset(
         "copy",
         "copy_p",
         "sharding_constraint",
+        "constrain",
         "reshard",
         "optimization_barrier",
         "stop_gradient",

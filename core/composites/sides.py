@@ -19,7 +19,9 @@ from compax.ir import Graph, Literal, Op, Operand, Value
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 """Calls that can be inlined."""
 
-COPIES = frozenset({"copy", "copy_p", "name", "sharding_constraint", "optimization_barrier", "reduce_precision"})
+COPIES = frozenset(
+    {"copy", "copy_p", "name", "sharding_constraint", "constrain", "optimization_barrier", "reduce_precision"}
+)
 """Operations that hand their operand on."""
 
 _LARGEST = 1 << 22
@@ -137,7 +139,7 @@ class Sides:
         if op.name in COPIES or op.name in ("convert_element_type", "stop_gradient"):
             found = self.side(op.inputs[0], shape, dim)
             # What a conversion or a stopped gradient does to other sides would be lost.
-            return found if isinstance(found, OneHot) or op.name == "sharding_constraint" else None
+            return found if isinstance(found, OneHot) or op.name in ("sharding_constraint", "constrain") else None
         if op.name == "eq":
             return self._comparison(op, shape, dim)
         return self._scaled(op, shape, dim)

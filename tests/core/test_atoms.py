@@ -92,3 +92,14 @@ def test_freezing_reaches_what_a_dimension_is_made_of() -> None:
     part = atoms.cut(fused, 0, 2)
     atoms.freeze(fused, "ordered")
     assert list(part[0].reasons) == ["ordered"]
+
+
+def test_a_sum_set_beside_itself_shifted_stays_whole_and_fixed() -> None:
+    atoms = Atoms()
+    whole = atoms.fresh(4097)
+    before, after = atoms.cut(whole, 0, 4096), atoms.cut(whole, 1, 4097)
+    atoms.unify(before, after)
+    (atom,) = atoms.expand(before)
+    assert atoms.expand(after) == (atom,)
+    assert atom.size == 4096 and not atom.segments
+    assert "set beside itself, shifted" in atom.reasons

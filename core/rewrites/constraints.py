@@ -1,0 +1,189 @@
+"""Puts constraints into a graph: on results of operations, on parameters where they are used, on single operands.
+
+A parameter is constrained in the innermost body that it goes into whole: inside of a scan on the turn's own slice, and
+inside of what the backward pass computes again, so that it is gathered again there instead of kept.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from compax import _jax
+from compax.capture import Captured
+from compax.constraint import constrain
+from compax.errors import RewriteError
+from compax.ir import Graph, Op, Operand, Path, Value
+from compax.rewrites.splice import emit
+
+GATHERED = "compax.gathered"
+"""The name of parameters gathered for their use, which no backward pass should find kept."""
+
+_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"})
+ENTERED = _CALLS | {"scan", "while", "cond"}
+"""Operations in whose bodies results are constrained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Laid:
+    """How a value lies.
+
+    Attributes:
+        spec: one entry for each dimension.
+        gradient: how its gradient lies; as the value if none.
+        gathered: whether it is a parameter put together for its use.
+    """
+
+    spec: PartitionSpec
+    gradient: PartitionSpec | None = None
+    gathered: bool = False
+
+    def inner(self) -> "Laid | None":
+        """The same for a slice of the leading dimension; none where that dimension is split."""
+        if any(spec and spec[0] is not None for spec in (self.spec, self.gradient)):
+            return None
+        back = None if self.gradient is None else PartitionSpec(*self.gradient[1:])
+        return Laid(PartitionSpec(*self.spec[1:]), back, self.gathered)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraints:
+    """What is to be constrained in a graph.
+
+    Attributes:
+        mesh: axes and sizes.
+        parameters: by path.
+        results: by the operation; of its first result. Several constraints follow each other.
+        operands: by the operation and the position of the operand; for that operation alone.
+    """
+
+    mesh: AbstractMesh
+    parameters: Mapping[str, Laid] = dataclasses.field(default_factory=dict)
+    results: Mapping[Path, tuple[Laid, ...]] = dataclasses.field(default_factory=dict)
+    operands: Mapping[tuple[Path, int], Laid] = dataclasses.field(default_factory=dict)
+
+
+def constrained(captured: Captured, constraints: Constraints) -> Captured:
+    """A captured graph with constraints, or the one given if there are none in it."""
+    inputs = {
+        value: constraints.parameters[tag.path]
+        for value, tag in zip(captured.graph.inputs, captured.inputs, strict=True)
+        if tag.kind == "parameter" and tag.path in constraints.parameters
+    }
+    graph = _Inserter(constraints).graph(captured.graph, (), inputs)
+    return captured if graph is captured.graph else dataclasses.replace(captured, graph=graph)
+
+
+class _Inserter:
+    def __init__(self, constraints: Constraints):
+        self.constraints = constraints
+        self.holders = {path[:d] for path in self._paths() for d in range(1, len(path))}
+        self.memo: dict[object, Graph] = {}
+
+    def _paths(self) -> list[Path]:
+        return [*self.constraints.results, *(path for path, _ in self.constraints.operands)]
+
+    def graph(self, graph: Graph, prefix: Path, inputs: Mapping[Value, Laid]) -> Graph:
+        """A body, reached by some steps, with constraints on inputs that come in whole and on what it computes."""
+        key = (graph, self._below(prefix), tuple((graph.inputs.index(x), laid) for x, laid in inputs.items()))
+        if key not in self.memo:
+            self.memo[key] = self._rewritten(graph, prefix, inputs)
+        return self.memo[key]
+
+    def _below(self, prefix: Path) -> frozenset[object]:
+        """What is to be done below some steps, said from there: equal bodies with equal constraints stay one."""
+        if prefix and not any(holder[: len(prefix)] == prefix for holder in self.holders):
+            return frozenset()
+        depth = len(prefix)
+        results = {(p[depth:], laid) for p, laid in self.constraints.results.items() if p[:depth] == prefix}
+        operands = {(p[depth:], i, laid) for (p, i), laid in self.constraints.operands.items() if p[:depth] == prefix}
+        return frozenset(results | operands)
+
+    def _rewritten(self, graph: Graph, prefix: Path, inputs: Mapping[Value, Laid]) -> Graph:
+        env: dict[Value, Operand] = {}
+        special: dict[tuple[Value, Laid], Operand] = {}
+        ops: list[Op] = []
+        deeper = _deeper(graph, inputs)
+
+        def read(x: Operand) -> Operand:
+            return env.get(x, x) if isinstance(x, Value) else x
+
+        for x, laid in inputs.items():
+            if x not in deeper:
+                env[x] = self._put(ops, x, laid)
+        for position, op in enumerate(graph.ops):
+            path = (*prefix, (position, -1))
+            operands = list(map(read, op.inputs))
+            for i, x in enumerate(op.inputs):
+                laid = self.constraints.operands.get((path, i))
+                if laid is not None and isinstance(x, Value):
+                    if (x, laid) not in special:
+                        special[x, laid] = self._put(ops, operands[i], laid)
+                    operands[i] = special[x, laid]
+            bodies = self._bodies(op, (*prefix, (position, 0)), {x: deeper[x] for x in op.inputs if x in deeper})
+            if bodies != op.bodies or any(a is not b for a, b in zip(operands, op.inputs, strict=True)):
+                op = dataclasses.replace(op, inputs=tuple(operands), bodies=bodies)
+            ops.append(op)
+            for laid in self.constraints.results.get(path, ()):
+                env[op.outputs[0]] = self._put(ops, read(op.outputs[0]), laid)
+        outputs = tuple(map(read, graph.outputs))
+        if len(ops) == len(graph.ops) and all(a is b for a, b in zip(ops, graph.ops, strict=True)):
+            return graph
+        return dataclasses.replace(graph, ops=tuple(ops), outputs=outputs, imported=False)
+
+    def _bodies(self, op: Op, first: Path, deeper: Mapping[Operand, Laid]) -> tuple[Graph, ...]:
+        if op.name not in ENTERED or op.equation is None:
+            return op.bodies
+        *before, (position, _) = first
+        found = []
+        for index, body in enumerate(op.bodies):
+            steps = (*before, (position, index))
+            inside = dict(_handed(op, body, deeper)) if deeper else {}
+            found.append(self.graph(body, steps, inside) if inside or steps in self.holders else body)
+        return tuple(found)
+
+    def _put(self, ops: list[Op], x: Operand, laid: Laid) -> Operand:
+        mesh = self.constraints.mesh
+
+        def function(value: object) -> object:
+            result = constrain(value, mesh, laid.spec, laid.gradient)  # pyright: ignore[reportArgumentType]
+            return checkpoint_name(result, GATHERED) if laid.gathered else result
+
+        try:
+            new, (result,) = emit(function, x)
+        except RewriteError as error:
+            raise RewriteError(f"a sharding constraint: {error}") from error
+        ops.extend(new)
+        return result
+
+
+def _deeper(graph: Graph, inputs: Mapping[Value, Laid]) -> dict[Operand, Laid]:
+    """Those inputs that are used by nothing but operations into whose bodies they go whole, or slice by slice."""
+    found: dict[Operand, Laid] = {}
+    for x, laid in inputs.items():
+        users = [op for op in graph.ops if x in op.inputs]
+        if users and x not in graph.outputs and all(_handed(op, None, {x: laid}) for op in users):
+            found[x] = laid
+    return found
+
+
+def _handed(op: Op, body: Graph | None, given: Mapping[Operand, Laid]) -> list[tuple[Value, Laid]]:
+    """Inputs of an operation's body that are the operands given, whole, or slices of them in a scan."""
+    if op.equation is None or op.name not in _CALLS | {"scan"} or len(op.bodies) != 1:
+        return []
+    inner, found = body or op.bodies[0], []
+    if len(inner.inputs) != len(op.inputs):
+        return []
+    sliced = sum(_jax.scan_counts(dict(op.attributes))) if op.name == "scan" else len(op.inputs)
+    constants = _jax.scan_counts(dict(op.attributes))[0] if op.name == "scan" else len(op.inputs)
+    for i, x in enumerate(op.inputs):
+        if x not in given:
+            continue
+        if constants <= i < sliced:
+            return []
+        laid = given[x].inner() if i >= sliced else given[x] if op.name != "scan" else None
+        if laid is None:
+            return []
+        found.append((inner.inputs[i], laid))
+    return found

@@ -1,0 +1,184 @@
+"""How values lie on a mesh: which axes of a graph are split, and what that makes of each dimension of each value."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from compax.analysis.atoms import Atom, Factors
+from compax.analysis.normal import Val
+from compax.composites.base import Attention
+from compax.errors import ShardingError
+from compax.meaning import Meaning
+from compax.passes.shard.rules import AxisRule, entry
+
+BATCH, SEQUENCE, MODEL = "batch", "sequence", "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Atoms that are split together, where they stand in front of a dimension in this order.
+
+    Attributes:
+        atoms: the major one first.
+        mesh_axes: what they are split over.
+    """
+
+    atoms: Factors
+    mesh_axes: tuple[str, ...]
+
+
+class Layout:
+    """Splits of a graph's axes.
+
+    Args:
+        meaning: of the graph.
+        sizes: of the mesh: by axis.
+    """
+
+    def __init__(self, meaning: Meaning, sizes: Mapping[str, int]):
+        self.meaning = meaning
+        self.engine = meaning.view.engine
+        self.sizes = sizes
+        self.units: list[Unit] = []
+        self.taken: dict[Atom, Unit] = {}
+        self.names = {axis.atom: axis.name for axis in meaning.axes}
+
+    def expand(self, factors: Iterable[Atom]) -> Factors:
+        """A dimension in its finest factors."""
+        return self.engine.atoms.expand(factors)
+
+    def split(self, factors: Iterable[Atom], mesh_axes: Sequence[str]) -> None:
+        """Splits some atoms, together, over mesh axes. What is split already stays as it is."""
+        atoms = self.expand(factors)
+        if atoms and mesh_axes and not any(atom in self.taken for atom in atoms):
+            unit = Unit(atoms, tuple(mesh_axes))
+            self.units.append(unit)
+            self.taken |= dict.fromkeys(atoms, unit)
+
+    def parts(self, mesh_axes: Iterable[str]) -> int:
+        """Into how many parts mesh axes split."""
+        return math.prod(self.sizes[name] for name in mesh_axes)
+
+    def dimension(self, factors: Iterable[Atom]) -> tuple[str, ...] | None:
+        """The mesh axes that split a dimension; none where it is whole; `None` where that is left to the compiler."""
+        atoms = self.expand(factors)
+        if not atoms:
+            return ()
+        unit = self.taken.get(atoms[0])
+        if unit is not None and atoms[: len(unit.atoms)] == unit.atoms:
+            size = math.prod(atom.size for atom in unit.atoms)
+            return unit.mesh_axes if size % self.parts(unit.mesh_axes) == 0 else ()
+        touched = any(atom in self.taken for atom in self.engine.atoms.leaves(atoms))
+        return None if touched else ()
+
+    def entries(self, dims: Sequence[Factors]) -> list[tuple[str, ...] | None]:
+        """The mesh axes of each dimension of a value; an axis splits the first dimension that it could."""
+        used: set[str] = set()
+        found: list[tuple[str, ...] | None] = []
+        for factors in dims:
+            names = self.dimension(factors)
+            if names and used.intersection(names):
+                names = ()
+            used.update(names or ())
+            found.append(names)
+        return found
+
+    def dims(self, x: Val) -> Sequence[Factors]:
+        """The dimensions of a value."""
+        return self.engine.dims[x]
+
+    def named(self, name: str) -> Factors:
+        """The atom of the axis that is called so; nothing if there is none."""
+        return next((self.expand((axis.atom,)) for axis in self.meaning.axes if axis.name == name), ())
+
+
+def activation_spec(entries: Sequence[tuple[str, ...] | None]) -> PartitionSpec:
+    """The spec of a value, with what is left to the compiler unconstrained."""
+    return PartitionSpec(*(PartitionSpec.UNCONSTRAINED if names is None else entry(names) for names in entries))
+
+
+def batch_of(meaning: Meaning) -> Factors:
+    """The axis of the batch: by its name, or else what all arguments have in front."""
+    named = [axis.atom for axis in meaning.axes if axis.name == BATCH]
+    if named:
+        return (named[0],)
+    engine = meaning.view.engine
+    leading = {
+        engine.atoms.expand(engine.dims[x][0])
+        for x in meaning.view.normal.inputs
+        if x.input is not None and x.input.kind == "argument" and x.shape
+    }
+    return leading.pop() if len(leading) == 1 else ()
+
+
+def split_by_rules(layout: Layout, rules: Sequence[AxisRule]) -> None:
+    """Splits the axes that rules name.
+
+    Raises:
+        ShardingError: a rule names no axis, two rules disagree about one, or an axis does not divide.
+    """
+    axes = layout.meaning.axes
+    decided: dict[Atom, AxisRule] = {}
+    for rule in rules:
+        chosen = [axis for axis in axes if rule.matches(axis.name)] or _heads(layout.meaning, rule)
+        if not chosen:
+            kinds = dict.fromkeys(axis.name.partition("#")[0].rpartition(".")[2] for axis in axes)
+            raise ShardingError(f"the rule '{rule.text}' names no axis; there are: {', '.join(kinds)}")
+        for axis in chosen:
+            before = decided.setdefault(axis.atom, rule)
+            if before.mesh_axes != rule.mesh_axes:
+                raise ShardingError(
+                    f"the rules '{before.text}' and '{rule.text}' disagree about the axis {axis.name}: leave one out, "
+                    "or name the axes more narrowly"
+                )
+            if rule.mesh_axes and axis.size % layout.parts(rule.mesh_axes):
+                raise ShardingError(indivisible(layout, axis.name, axis.size, axis.parameters, rule.mesh_axes))
+    for atom, rule in decided.items():
+        layout.split((atom,), rule.mesh_axes)
+
+
+def _heads(meaning: Meaning, rule: AxisRule) -> list[Any]:
+    """The axes of groups, for a rule that speaks of heads where keys are shared by several."""
+    if rule.axis != "heads":
+        return []
+    return [axis for axis in meaning.axes if axis.name.rpartition(".")[2] == "groups"]
+
+
+def indivisible(layout: Layout, name: str, size: int, parameters: Iterable[str], mesh_axes: Sequence[str]) -> str:
+    """Says that an axis cannot be split as asked, where it is, and what would work."""
+    parts = layout.parts(mesh_axes)
+    over = "+".join(mesh_axes)
+    fits = [n for n in range(2, min(size, 4 * parts) + 1) if size % n == 0]
+    word = name.partition("#")[0].rpartition(".")[2]
+    where = ", ".join(list(parameters)[:3])
+    return (
+        f"the axis {name} of {size} does not divide over {over} ({parts}); it is in {where or 'no parameter'}. It "
+        f"divides by {', '.join(map(str, fits)) or 'nothing near'}; or pad it to {math.ceil(size / parts) * parts} in the "
+        f"model; or leave it whole with rules=[{word}->-]"
+    )
+
+
+def split_attention(layout: Layout, attention: Attention, mesh_axes: Sequence[str], params: Sequence[str]) -> str:
+    """Splits the heads of an attention; where there are too few groups, those of the queries alone.
+
+    Returns:
+        What a person should know of it.
+
+    Raises:
+        ShardingError: they do not divide.
+    """
+    parts = layout.parts(mesh_axes)
+    groups, repeats = layout.expand(attention.groups), layout.expand(attention.repeats)
+    if any(atom in layout.taken for atom in (*groups, *repeats)):
+        return ""
+    count, each = (math.prod(atom.size for atom in atoms) for atoms in (groups, repeats))
+    if count % parts == 0:
+        layout.split(groups, mesh_axes)
+        return ""
+    if (count * each) % parts == 0 and parts % count == 0:
+        layout.split((*groups, *repeats), mesh_axes)
+        return f"{attention.name}: {count} key-value head(s) for {parts} devices: keys and values are on each of them"
+    raise ShardingError(indivisible(layout, f"{attention.name}.heads", count * each, params, mesh_axes))

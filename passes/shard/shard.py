@@ -1,0 +1,345 @@
+"""The pass `shard`."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from compax import _jax
+from compax.capture import Captured
+from compax.composites.base import Attention, Experts, FeedForward
+from compax.contracts import Exact
+from compax.encoding import Encoded
+from compax.errors import EncodingError, PipelineError, ShardingError
+from compax.meaning import Meaning
+from compax.passes.shard.activations import activation_constraints
+from compax.passes.shard.layout import Layout, batch_of, indivisible, split_attention, split_by_rules
+from compax.passes.shard.rules import (
+    ARROW,
+    AxisRule,
+    ParameterRule,
+    axes_of,
+    entries_of,
+    parameter_specs,
+    spec_of,
+    spec_text,
+)
+from compax.program import Program
+from compax.rewrites.constraints import Constraints, Laid, constrained
+from compax.transform import Context, Pass, PassResult, SiteReport, register
+
+__all__ = ["Shard"]
+
+AXES = ("dcn_data", "data", "fsdp", "expert", "tensor", "model")
+"""Axes of the mesh, the slowest network first."""
+_REST = -1
+_STAGES = 3
+
+
+@register("shard")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard(Pass):
+    """Lays a program over a mesh of devices, by what its axes mean.
+
+    The sizes of the mesh's axes say what is done:
+
+    - `data`: the batch is split; each device has all parameters.
+    - `fsdp`: the batch is split, and parameters are stored in parts, put together where they are used and forgotten
+      after it; their gradients are scattered as they are summed.
+    - `tensor` (or `model`, another name of it): the heads of attentions, the hidden axes of feed-forwards and experts,
+      and the vocabulary are split.
+    - `expert`: experts are split, and the batch too.
+    - `dcn_data`: the batch is split over slices that a slower network connects.
+
+    `zero` is the stage of ZeRO over `fsdp`, or over `data` where there is no `fsdp`: 1 splits the optimizer's state, 2
+    gradients too, 3 parameters too. `sequence=tensor` splits positions over that axis wherever nothing else is: in
+    residual streams and norms.
+
+    What is split is found by the analysis of axes, on any model; nothing is asked of it. `rules` change it, by axis
+    (`hidden->tensor`, `vocabulary->-`) or by parameter (`"blocks.**.up.kernel: -,tensor"`, `"re:.*/up/kernel:
+    -,tensor"`); see `compax.passes.shard.rules`. `at` selects parameters that may be split at all.
+
+    The program's placement has the mesh and the specs; `program.place()` puts its arrays there.
+
+    Shoeybi et al., "Megatron-LM", 2019, arXiv:1909.08053; Korthikanti et al., "Reducing Activation Recomputation in
+    Large Transformer Models", 2022, arXiv:2205.05198 (sequence); Rajbhandari et al., "ZeRO", 2019, arXiv:1910.02054;
+    Xu et al., "GSPMD", 2021, arXiv:2105.04663.
+
+    Attributes:
+        data: size of the axis; -1 for the devices that are left, for one of the axes.
+        fsdp: likewise.
+        tensor: likewise.
+        model: likewise.
+        expert: likewise.
+        dcn_data: likewise.
+        sequence: the axis over which positions are split as well.
+        zero: the stage; by default 3 where there is `fsdp`, otherwise 0.
+        rules: in place of what is found.
+
+    Raises:
+        ShardingError: sizes that do not fit the devices, an axis that does not divide, a rule that names no axis, two
+            that disagree, or a program that has no batch to split.
+    """
+
+    data: int | None = None
+    fsdp: int | None = None
+    tensor: int | None = None
+    model: int | None = None
+    expert: int | None = None
+    dcn_data: int | None = None
+    sequence: str | None = None
+    zero: int | None = None
+    rules: tuple[str, ...] = ()
+
+    phase: ClassVar[str] = "placement"
+    contract: ClassVar[Any] = Exact()
+    conflicts: ClassVar[tuple[str, ...]] = ()
+    paper: ClassVar[str] = "Shoeybi et al. 2019, arXiv:1909.08053; Rajbhandari et al. 2019, arXiv:1910.02054"
+    example: ClassVar[str] = "shard(fsdp=-1, tensor=4, sequence=tensor)"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = self._given
+        if not sizes:
+            raise PipelineError(f"shard: give the size of an axis: {', '.join(AXES)}; as in shard(data=-1, tensor=4)")
+        for name, size in sizes.items():
+            if size < 1 and size != _REST:
+                raise PipelineError(f"shard: {name}={size}: a size is 1 or more, or -1 for the devices that are left")
+        if (rest := [name for name, size in sizes.items() if size == _REST]) and len(rest) > 1:
+            raise PipelineError(f"shard: only one axis can be -1, {' and '.join(rest)} are")
+        if "tensor" in sizes and "model" in sizes:
+            raise PipelineError("shard: 'tensor' and 'model' are two names of one axis: give one of them")
+        if self.sequence is not None and self.sequence not in (self._tensor or ()):
+            raise PipelineError(
+                f"shard: sequence={self.sequence}: positions are split over the axis that splits heads, "
+                f"{'which is ' + self._tensor[0] if self._tensor else 'and there is none: give tensor=...'}"
+            )
+        if self.zero not in (None, *range(_STAGES + 1)):
+            raise PipelineError(f"shard: zero={self.zero}: the stages are 0 to {_STAGES}")
+        if self.zero and not self._zero_axes:
+            raise PipelineError(f"shard: zero={self.zero} splits over 'fsdp' or 'data', and neither is given")
+        if self.fsdp is not None and self.zero == 0:
+            raise PipelineError("shard: zero=0 over 'fsdp' splits nothing but the batch: call the axis 'data'")
+
+    # -- The mesh -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _given(self) -> dict[str, int]:
+        return {name: size for name in AXES if (size := getattr(self, name)) is not None}
+
+    @property
+    def _tensor(self) -> tuple[str, ...]:
+        return tuple(name for name in ("tensor", "model") if name in self._given)
+
+    @property
+    def _zero_axes(self) -> tuple[str, ...]:
+        return tuple(name for name in ("fsdp", "data") if name in self._given)[:1]
+
+    @property
+    def _stage(self) -> int:
+        return self.zero if self.zero is not None else _STAGES if self.fsdp is not None else 0
+
+    @property
+    def _batch(self) -> tuple[str, ...]:
+        return tuple(name for name in ("dcn_data", "data", "fsdp", "expert") if name in self._given)
+
+    def mesh_axes(self, devices: int | None) -> dict[str, int]:
+        sizes = self._given
+        known = math.prod(size for size in sizes.values() if size != _REST)
+        if devices is None:
+            devices = jax.device_count() if _REST in sizes.values() else known
+        if devices % known or (_REST not in sizes.values() and known != devices):
+            raise ShardingError(
+                f"{self} is of {known}{' times what is left of' if _REST in sizes.values() else ''} devices, and there "
+                f"are {devices}: make the sizes multiply to {devices}, or give one axis as -1"
+            )
+        return {name: devices // known if size == _REST else size for name, size in sizes.items()}
+
+    # -- Parameters ---------------------------------------------------------------------------------------------------
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        if program.placement.mesh is not None:
+            raise ShardingError(f"shard: '{program.name}' is laid over a mesh already: shard a program once")
+        target = context.target
+        sizes = self.mesh_axes(None if target is None or target.chip.platform == "cpu" else target.num_devices)
+        for captured in program.graphs.values():
+            _refuse_explicit(captured)
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+        chosen = {path.name for path in self.select(map(_Parameter, program.params), what="parameter")}
+        notes: dict[str, None] = {}
+        compute: dict[str, PartitionSpec] = {}
+        for captured in program.graphs.values():
+            layout = self._layout(Meaning(captured, program.declared), sizes, notes)
+            for path, spec in self._compute(layout).items():
+                if path in chosen:
+                    compute.setdefault(path, spec)
+        texts = [rule for rule in self.rules if ARROW not in rule]
+        ruled = {path for text in texts for path in ParameterRule.parse(text, sizes, "shard").matched(program.params)}
+        compute = parameter_specs(program.params, texts, sizes, compute)
+        reports, stored = [], dict[str, PartitionSpec]()
+        if self._batch:
+            reports.append(SiteReport("batch", "axis", "rewritten", f"split over {'+'.join(self._batch)}"))
+        for path, value in program.params.items():
+            spec, why = _encodable(value, compute[path])
+            compute[path] = spec
+            split, reason = self._stored(value, spec, sizes) if path in chosen and path not in ruled else (spec, "")
+            stored[path] = split
+            used = axes_of(split) or axes_of(spec)
+            declined = why or (reason if not used else "")
+            reports.append(
+                SiteReport(path, "parameter", "rewritten" if used else "skipped" if declined else "matched",
+                           declined or self._told(spec, split), path)
+            )  # fmt: skip
+        # What a rule says is how a parameter is stored; it is used without the axes of ZeRO.
+        for path in ruled:
+            entries = entries_of(compute[path], program.params[path].ndim)
+            compute[path] = spec_of([n for n in names if n not in self._zero_axes] for names in entries)
+        decisions = {
+            "mesh": tuple(sizes.items()),
+            "compute": {path: spec_text(spec) for path, spec in compute.items() if axes_of(spec)},
+            "gathered": {path: spec_text(stored[path]) for path in stored if self._gathers(compute, stored, path)},
+            "declared": program.declared,
+        }
+        zero3 = self._stage >= _STAGES
+        placement = program.placement.replace(
+            mesh=mesh,
+            specs={path: stored[path] if zero3 else compute[path] for path in stored if axes_of(stored[path])},
+            optimizer={path: stored[path] for path in stored if self._stage and axes_of(stored[path])},
+            gradients={path: stored[path] for path in stored if self._stage > 1 and axes_of(stored[path])},
+            batch=self._batch,
+        )
+        graphs = self.rewrite_graphs(program, decisions)
+        return PassResult(program.replace(graphs=graphs, placement=placement), tuple(reports), decisions, tuple(notes))
+
+    def _layout(self, meaning: Meaning, sizes: Mapping[str, int], notes: dict[str, None] | None = None) -> Layout:
+        """How the axes of a graph are split."""
+        layout = Layout(meaning, sizes)
+        batch = batch_of(meaning)
+        if self._batch and batch:
+            layout.split(batch, self._batch)
+        elif self._batch:
+            raise ShardingError(
+                "shard: no axis of the program is known to be the batch: say which one it is, "
+                "program.declare(axis=..., kind='batch'); program.axes() lists them"
+            )
+        rules = [AxisRule.parse(rule, sizes) for rule in self.rules if ARROW in rule]
+        split_by_rules(layout, rules)
+        whole = [rule for rule in rules if not rule.mesh_axes]
+
+        def asked(name: str) -> bool:
+            return not any(rule.matches(name) for rule in whole)
+
+        def hidden(name: str, factors: Any, parameters: Sequence[str]) -> None:
+            atoms = layout.expand(factors)
+            size = math.prod(atom.size for atom in atoms)
+            if any(atom in layout.taken for atom in atoms) or not asked(name):
+                return
+            if size % layout.parts(self._tensor):
+                raise ShardingError(f"shard: {indivisible(layout, name, size, parameters, self._tensor)}")
+            layout.split(atoms, self._tensor)
+
+        for composite in meaning.composites:
+            if isinstance(composite, Experts) and self.expert is not None and asked(f"{composite.name}.experts"):
+                count = math.prod(atom.size for atom in layout.expand(composite.experts))
+                if count % sizes["expert"]:
+                    name = f"{composite.name}.experts"
+                    raise ShardingError(f"shard: {indivisible(layout, name, count, composite.parameters, ('expert',))}")
+                layout.split(composite.experts, ("expert",))
+            if not self._tensor:
+                continue
+            if isinstance(composite, Attention) and asked("heads"):
+                note = split_attention(layout, composite, self._tensor, composite.parameters)
+                if note and notes is not None:
+                    notes[note] = None
+            elif isinstance(composite, (FeedForward, Experts)):
+                hidden(f"{composite.name}.hidden", composite.hidden, composite.parameters)
+        for axis in meaning.axes if self._tensor else ():
+            if axis.name.partition("#")[0].rpartition(".")[2] == "vocabulary" and axis.parameters:
+                hidden(axis.name, (axis.atom,), list(axis.parameters))
+        return layout
+
+    def _compute(self, layout: Layout) -> dict[str, PartitionSpec]:
+        """How parameters lie where they are used."""
+        batch = set(self._batch) - {"expert"}
+        found: dict[str, PartitionSpec] = {}
+        for x in layout.meaning.view.normal.inputs:
+            if x.input is not None and x.input.kind == "parameter":
+                entries = layout.entries(layout.dims(x))
+                found[x.input.path] = spec_of([n for n in names or () if n not in batch] for names in entries)
+        return found
+
+    def _stored(self, value: Any, compute: PartitionSpec, sizes: Mapping[str, int]) -> tuple[PartitionSpec, str]:
+        """How a parameter, its gradient or its optimizer's state is stored under ZeRO, or why it is whole."""
+        if not self._stage:
+            return compute, ""
+        if value.ndim < 2:
+            return compute, "a vector: whole on each device"
+        over, entries = self._zero_axes, entries_of(compute, value.ndim)
+        parts = math.prod(sizes[name] for name in over)
+        room = [value.shape[d] // math.prod(sizes[name] for name in entries[d]) for d in range(value.ndim)]
+        # Whole dimensions first, then the larger; the first of several belongs to the layers of a scan, if any does.
+        order = sorted(range(value.ndim), key=lambda d: (bool(entries[d]), d == 0 and value.ndim > 2, -room[d]))
+        for d in order:
+            if room[d] % parts == 0:
+                found = spec_of([*entries[:d], (*entries[d], *over), *entries[d + 1 :]])
+                if _encodable(value, found)[0] == found:
+                    return found, ""
+        return compute, f"no dimension of {list(value.shape)} divides by {parts}: whole on each device"
+
+    def _gathers(self, compute: Mapping[str, PartitionSpec], stored: Mapping[str, PartitionSpec], path: str) -> bool:
+        return self._stage > 1 and stored[path] != compute[path]
+
+    def _told(self, compute: PartitionSpec, stored: PartitionSpec) -> str:
+        if not axes_of(stored):
+            return "whole on each device"
+        if stored == compute:
+            return spec_text(stored)
+        what = {1: "optimizer", 2: "gradient and optimizer", 3: "stored"}[self._stage]
+        return f"{spec_text(compute)} used, {spec_text(stored)} {what}"
+
+    # -- Graphs -------------------------------------------------------------------------------------------------------
+
+    def rewrite(self, captured: Captured, decisions: Mapping[str, Any]) -> Captured:
+        sizes = dict(decisions["mesh"])
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+        meaning = Meaning(captured, decisions["declared"])
+        layout = self._layout(meaning, sizes)
+        compute = {path: _spec(text) for path, text in decisions["compute"].items()}
+        gathered = {path: _spec(text) for path, text in decisions["gathered"].items()}
+        kept = self._stage >= _STAGES
+        parameters = {
+            path: Laid(compute.get(path, PartitionSpec()), spec, gathered=kept) for path, spec in gathered.items()
+        }
+        results, operands = activation_constraints(captured, layout, self.sequence)
+        return constrained(captured, Constraints(mesh, parameters, results, operands))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
+    name: str
+    kind: str = "parameter"
+
+
+def _spec(text: str) -> PartitionSpec:
+    return spec_of(() if part == "-" else part.split("+") for part in text.split(","))
+
+
+def _encodable(value: Any, spec: PartitionSpec) -> tuple[PartitionSpec, str]:
+    """The spec, or none and the reason where an encoding cannot be split so."""
+    if isinstance(value, Encoded) and axes_of(spec):
+        try:
+            value.spec(spec)
+        except EncodingError as error:
+            return PartitionSpec(), f"{value.format} cannot be split by {spec_text(spec)}: {error}"
+    return spec, ""
+
+
+def _refuse_explicit(captured: Captured) -> None:
+    if any(_jax.is_explicit_type(value.aval) for value in captured.graph.inputs):
+        raise ShardingError(
+            f"shard: '{captured.entry.name}' was captured with shardings in its types (a mesh with Explicit axes); "
+            "capture it under a mesh whose axes are Auto, or under none"
+        )
