@@ -81,16 +81,16 @@ class Pipeline:
         """
         _check_order(tuple(history), self.passes)
 
-    def mesh_axes(self, devices: int | None = None) -> Mapping[str, int] | None:
+    def mesh_axes(self, target: Any = None) -> Mapping[str, int] | None:
         """The axes of the mesh that the passes lay programs over, with their sizes; none if they lay them over none.
 
         Args:
-            devices: how many there are; those of this process's JAX if none.
+            target: what the programs are meant for; the devices of this process's JAX if none.
 
         Raises:
             ShardingError: the mesh does not fit them.
         """
-        return next((axes for pass_ in self.passes if (axes := pass_.mesh_axes(devices)) is not None), None)
+        return next((axes for pass_ in self.passes if (axes := pass_.mesh_axes(target)) is not None), None)
 
     def __call__(
         self,

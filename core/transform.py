@@ -271,11 +271,11 @@ class Pass:
         """The contract under these options; by default that of the class."""
         return self.contract
 
-    def mesh_axes(self, devices: int | None) -> Mapping[str, int] | None:
+    def mesh_axes(self, target: Any) -> Mapping[str, int] | None:
         """The axes of the mesh that it lays programs over, with their sizes; none if it lays them over none.
 
         Args:
-            devices: how many there are; those of this process's JAX if none.
+            target: what the program is meant for; the devices of this process's JAX if none.
 
         Raises:
             ShardingError: the mesh does not fit them.

@@ -134,8 +134,7 @@ def mesh_axes(config: Config, mesh: str, target: Target) -> Mapping[str, int]:
         ShardingError: it does not fit the target, or the pipeline lays the program over another one than is asked for.
     """
     given = mesh or config.plan.mesh
-    devices = None if target.chip.platform == "cpu" else target.num_devices
-    laid = compax.Pipeline.parse(config.pipeline).mesh_axes(devices)
+    laid = compax.Pipeline.parse(config.pipeline).mesh_axes(target)
     if laid is None:
         return parse_mesh(given or "data=-1", target)
     if mesh and dict(parse_mesh(mesh, target)) != dict(laid):

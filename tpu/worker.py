@@ -125,6 +125,7 @@ def _compiled(request: Mapping[str, Any], clock: _Clock, result: dict[str, Any])
     import jax
 
     from compax.target import Target
+    from compax.tpu.options import compiler_options
 
     target, axes = Target.parse(request["target"]), dict(request["axes"])
     if target.chip.platform == "cpu":
@@ -137,7 +138,7 @@ def _compiled(request: Mapping[str, Any], clock: _Clock, result: dict[str, Any])
     clock.begin("lower")
     lowered = built.traced.lower(lowering_platforms=(target.chip.platform,))
     clock.begin("compile")
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=compiler_options(target.chip.platform))
     clock.begin("read")
     text = compiled.as_text() or ""
     if request["hlo"]:

@@ -34,6 +34,7 @@ _COLLECTIVES = {
     "collective-permute": "permute",
     "collective-broadcast": "permute",
 }
+_STARTS = "async-collective-start"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +162,10 @@ def collectives(module: Module) -> tuple[Collective, ...]:
     """The collectives of a module, those started and awaited apart counted once.
 
     An all-reduce inside of a fusion that keeps one slice of the result is a reduce-scatter, as the TPU's compiler
-    writes it.
+    writes it. One that goes on in pieces while other operations run is written in every fusion that has a piece of it,
+    always with the same channel: it counts where it is started.
     """
+    pieces = _pieces(module)
     started = {
         instruction.called["calls"]
         for _, instruction, _ in module.walk()
@@ -177,7 +180,8 @@ def collectives(module: Module) -> tuple[Collective, ...]:
             continue
         members = group(instruction.text, computation.devices)
         size = len(members)
-        if size <= 1:
+        in_pieces = (channel := _channel(instruction)) in pieces and computation.name in module.fused
+        if size <= 1 or (in_pieces and computation.name not in pieces[channel]):
             continue
         kind = _COLLECTIVES[opcode]
         payload = sum(computation.shape(operand).nbytes for operand in instruction.operands)
@@ -185,10 +189,27 @@ def collectives(module: Module) -> tuple[Collective, ...]:
             payload *= size
         if kind == "all-reduce" and computation.name in module.fused and _keeps_a_slice(computation, instruction):
             kind = "reduce-scatter"
-        asynchronous = instruction.opcode.endswith("-start") or computation.name in started
+        asynchronous = in_pieces or instruction.opcode.endswith("-start") or computation.name in started
         name, op_name = instruction.name, instruction.op_name
         found.append(Collective(kind, payload, size, False, times, asynchronous, name, op_name))
     return tuple(found)
+
+
+def _channel(instruction: Instruction) -> str:
+    found = re.search(r"channel_id=(\d+)", instruction.text)
+    return found[1] if found else ""
+
+
+def _pieces(module: Module) -> dict[str, set[str]]:
+    """For channels of collectives that are started, continued and ended in fusions: the computations that start them."""
+    found: dict[str, set[str]] = {}
+    for _, instruction, _ in module.walk():
+        if instruction.opcode == "fusion" and instruction.name.startswith(_STARTS):
+            name = instruction.called.get("calls", "")
+            for inner in module.computations[name].instructions if name in module.computations else ():
+                if inner.opcode in _COLLECTIVES and (channel := _channel(inner)):
+                    found.setdefault(channel, set()).add(name)
+    return found
 
 
 def _between_slices(computation: Computation, send: Instruction, times: int) -> Collective | None:

@@ -1,11 +1,13 @@
 """Puts constraints into a graph: on results of operations, on parameters where they are used, on single operands.
 
 A parameter is constrained in the innermost body that it goes into whole: inside of a scan on the turn's own slice, and
-inside of what the backward pass computes again, so that it is gathered again there instead of kept.
+inside of what the backward pass computes again, so that it is gathered again there instead of kept; and after a cast to
+fewer bits.
 """
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -47,6 +49,15 @@ class Laid:
         return Laid(PartitionSpec(*self.spec[1:]), back, self.gathered)
 
 
+Chain = tuple[Laid, ...]
+"""Constraints that follow each other."""
+
+
+def _inner(chain: Chain) -> Chain | None:
+    found = [laid.inner() for laid in chain]
+    return tuple(laid for laid in found if laid is not None) if all(found) else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Constraints:
     """What is to be constrained in a graph.
@@ -54,13 +65,13 @@ class Constraints:
     Attributes:
         mesh: axes and sizes.
         parameters: by path.
-        results: by the operation; of its first result. Several constraints follow each other.
+        results: by the operation; of its first result.
         operands: by the operation and the position of the operand; for that operation alone.
     """
 
     mesh: AbstractMesh
-    parameters: Mapping[str, Laid] = dataclasses.field(default_factory=dict)
-    results: Mapping[Path, tuple[Laid, ...]] = dataclasses.field(default_factory=dict)
+    parameters: Mapping[str, Chain] = dataclasses.field(default_factory=dict)
+    results: Mapping[Path, Chain] = dataclasses.field(default_factory=dict)
     operands: Mapping[tuple[Path, int], Laid] = dataclasses.field(default_factory=dict)
 
 
@@ -84,7 +95,7 @@ class _Inserter:
     def _paths(self) -> list[Path]:
         return [*self.constraints.results, *(path for path, _ in self.constraints.operands)]
 
-    def graph(self, graph: Graph, prefix: Path, inputs: Mapping[Value, Laid]) -> Graph:
+    def graph(self, graph: Graph, prefix: Path, inputs: Mapping[Value, Chain]) -> Graph:
         """A body, reached by some steps, with constraints on inputs that come in whole and on what it computes."""
         key = (graph, self._below(prefix), tuple((graph.inputs.index(x), laid) for x, laid in inputs.items()))
         if key not in self.memo:
@@ -100,7 +111,7 @@ class _Inserter:
         operands = {(p[depth:], i, laid) for (p, i), laid in self.constraints.operands.items() if p[:depth] == prefix}
         return frozenset(results | operands)
 
-    def _rewritten(self, graph: Graph, prefix: Path, inputs: Mapping[Value, Laid]) -> Graph:
+    def _rewritten(self, graph: Graph, prefix: Path, inputs: Mapping[Value, Chain]) -> Graph:
         env: dict[Value, Operand] = {}
         special: dict[tuple[Value, Laid], Operand] = {}
         ops: list[Op] = []
@@ -109,30 +120,37 @@ class _Inserter:
         def read(x: Operand) -> Operand:
             return env.get(x, x) if isinstance(x, Value) else x
 
+        cast: dict[Op, Chain] = {}
         for x, laid in inputs.items():
-            if x not in deeper:
+            if x in deeper:
+                continue
+            if casts := _casts(graph, x):
+                cast |= dict.fromkeys(casts, laid)
+            else:
                 env[x] = self._put(ops, x, laid)
         for position, op in enumerate(graph.ops):
-            path = (*prefix, (position, -1))
+            path, original = (*prefix, (position, -1)), op
             operands = list(map(read, op.inputs))
             for i, x in enumerate(op.inputs):
                 laid = self.constraints.operands.get((path, i))
                 if laid is not None and isinstance(x, Value):
                     if (x, laid) not in special:
-                        special[x, laid] = self._put(ops, operands[i], laid)
+                        special[x, laid] = self._put(ops, operands[i], (laid,))
                     operands[i] = special[x, laid]
             bodies = self._bodies(op, (*prefix, (position, 0)), {x: deeper[x] for x in op.inputs if x in deeper})
             if bodies != op.bodies or any(a is not b for a, b in zip(operands, op.inputs, strict=True)):
                 op = dataclasses.replace(op, inputs=tuple(operands), bodies=bodies)
             ops.append(op)
-            for laid in self.constraints.results.get(path, ()):
-                env[op.outputs[0]] = self._put(ops, read(op.outputs[0]), laid)
+            if original in cast:
+                env[op.outputs[0]] = self._put(ops, op.outputs[0], cast[original])
+            if chain := self.constraints.results.get(path):
+                env[op.outputs[0]] = self._put(ops, read(op.outputs[0]), chain)
         outputs = tuple(map(read, graph.outputs))
         if len(ops) == len(graph.ops) and all(a is b for a, b in zip(ops, graph.ops, strict=True)):
             return graph
         return dataclasses.replace(graph, ops=tuple(ops), outputs=outputs, imported=False)
 
-    def _bodies(self, op: Op, first: Path, deeper: Mapping[Operand, Laid]) -> tuple[Graph, ...]:
+    def _bodies(self, op: Op, first: Path, deeper: Mapping[Operand, Chain]) -> tuple[Graph, ...]:
         if op.name not in ENTERED or op.equation is None:
             return op.bodies
         *before, (position, _) = first
@@ -143,12 +161,14 @@ class _Inserter:
             found.append(self.graph(body, steps, inside) if inside or steps in self.holders else body)
         return tuple(found)
 
-    def _put(self, ops: list[Op], x: Operand, laid: Laid) -> Operand:
+    def _put(self, ops: list[Op], x: Operand, chain: Chain) -> Operand:
         mesh = self.constraints.mesh
 
-        def function(value: object) -> object:
-            result = constrain(value, mesh, laid.spec, laid.gradient)  # pyright: ignore[reportArgumentType]
-            return checkpoint_name(result, GATHERED) if laid.gathered else result
+        def function(value: Any) -> Any:
+            for laid in chain:
+                value = constrain(value, mesh, laid.spec, laid.gradient)
+                value = checkpoint_name(value, GATHERED) if laid.gathered else value
+            return value
 
         try:
             new, (result,) = emit(function, x)
@@ -158,9 +178,16 @@ class _Inserter:
         return result
 
 
-def _deeper(graph: Graph, inputs: Mapping[Value, Laid]) -> dict[Operand, Laid]:
+def _casts(graph: Graph, x: Value) -> list[Op]:
+    """The casts to fewer bits that alone use a value: what they give is put together in place of it, in fewer bytes."""
+    users = [op for op in graph.ops if x in op.inputs]
+    narrow = all(op.name == "convert_element_type" and op.outputs[0].dtype.itemsize < x.dtype.itemsize for op in users)
+    return users if users and narrow and x not in graph.outputs else []
+
+
+def _deeper(graph: Graph, inputs: Mapping[Value, Chain]) -> dict[Operand, Chain]:
     """Those inputs that are used by nothing but operations into whose bodies they go whole, or slice by slice."""
-    found: dict[Operand, Laid] = {}
+    found: dict[Operand, Chain] = {}
     for x, laid in inputs.items():
         users = [op for op in graph.ops if x in op.inputs]
         if users and x not in graph.outputs and all(_handed(op, None, {x: laid}) for op in users):
@@ -168,7 +195,7 @@ def _deeper(graph: Graph, inputs: Mapping[Value, Laid]) -> dict[Operand, Laid]:
     return found
 
 
-def _handed(op: Op, body: Graph | None, given: Mapping[Operand, Laid]) -> list[tuple[Value, Laid]]:
+def _handed(op: Op, body: Graph | None, given: Mapping[Operand, Chain]) -> list[tuple[Value, Chain]]:
     """Inputs of an operation's body that are the operands given, whole, or slices of them in a scan."""
     if op.equation is None or op.name not in _CALLS | {"scan"} or len(op.bodies) != 1:
         return []
@@ -182,8 +209,8 @@ def _handed(op: Op, body: Graph | None, given: Mapping[Operand, Laid]) -> list[t
             continue
         if constants <= i < sliced:
             return []
-        laid = given[x].inner() if i >= sliced else given[x] if op.name != "scan" else None
-        if laid is None:
+        chain = _inner(given[x]) if i >= sliced else given[x] if op.name != "scan" else None
+        if chain is None:
             return []
-        found.append((inner.inputs[i], laid))
+        found.append((inner.inputs[i], chain))
     return found

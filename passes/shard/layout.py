@@ -156,8 +156,8 @@ def indivisible(layout: Layout, name: str, size: int, parameters: Iterable[str],
     where = ", ".join(list(parameters)[:3])
     return (
         f"the axis {name} of {size} does not divide over {over} ({parts}); it is in {where or 'no parameter'}. It "
-        f"divides by {', '.join(map(str, fits)) or 'nothing near'}; or pad it to {math.ceil(size / parts) * parts} in the "
-        f"model; or leave it whole with rules=[{word}->-]"
+        f"divides by {', '.join(map(str, fits)) or 'nothing near'}; pad it to {math.ceil(size / parts) * parts} in the "
+        f"model, or leave it whole with rules=[{word}->-]"
     )
 
 

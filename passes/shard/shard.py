@@ -29,14 +29,19 @@ from compax.passes.shard.rules import (
 )
 from compax.program import Program
 from compax.rewrites.constraints import Constraints, Laid, constrained
+from compax.target import Target
 from compax.transform import Context, Pass, PassResult, SiteReport, register
 
 __all__ = ["Shard"]
 
 AXES = ("dcn_data", "data", "fsdp", "expert", "tensor", "model")
 """Axes of the mesh, the slowest network first."""
+RING = "fsdp_ring"
+"""The second axis of the mesh for `fsdp` or `data`, where these are laid over a whole torus of three dimensions."""
 _REST = -1
 _STAGES = 3
+_GRADIENTS, _TORUS = 2, 3
+_ROWS, _COLUMNS = 8, 128
 
 
 @register("shard")
@@ -119,7 +124,7 @@ class Shard(Pass):
             )
         if self.zero not in (None, *range(_STAGES + 1)):
             raise PipelineError(f"shard: zero={self.zero}: the stages are 0 to {_STAGES}")
-        if self.zero and not self._zero_axes:
+        if self.zero and self._zero_axes == (RING,):
             raise PipelineError(f"shard: zero={self.zero} splits over 'fsdp' or 'data', and neither is given")
         if self.fsdp is not None and self.zero == 0:
             raise PipelineError("shard: zero=0 over 'fsdp' splits nothing but the batch: call the axis 'data'")
@@ -136,7 +141,7 @@ class Shard(Pass):
 
     @property
     def _zero_axes(self) -> tuple[str, ...]:
-        return tuple(name for name in ("fsdp", "data") if name in self._given)[:1]
+        return (*tuple(name for name in ("fsdp", "data") if name in self._given)[:1], RING)
 
     @property
     def _stage(self) -> int:
@@ -146,7 +151,28 @@ class Shard(Pass):
     def _batch(self) -> tuple[str, ...]:
         return tuple(name for name in ("dcn_data", "data", "fsdp", "expert") if name in self._given)
 
-    def mesh_axes(self, devices: int | None) -> dict[str, int]:
+    def _batch_axes(self, sizes: Mapping[str, int]) -> tuple[str, ...]:
+        zero = self._zero_axes[0]
+        return tuple(n for name in self._batch for n in ((name, RING) if name == zero and RING in sizes else (name,)))
+
+    def mesh_axes(self, target: Target | None) -> dict[str, int]:
+        fixed = target is not None and target.chip.platform != "cpu"
+        sizes = self._sizes(target.num_devices if fixed else None)
+        zero = self._zero_axes[0]
+        if not fixed or self._stage < _GRADIENTS or len(target.shape) < _TORUS or min(target.shape) < _TORUS:
+            return sizes
+        if sizes.get(zero, 1) * sizes.get("dcn_data", 1) != target.num_devices:
+            return sizes
+        # At once over all rings of a three-dimensional torus XLA gathers by summing and sums gradients whole: twice the
+        # bytes (libtpu 0.0.42). Over two of them and then the third one it does not.
+        ring = target.shape[-1]
+        return {
+            n: s
+            for name, size in sizes.items()
+            for n, s in (((name, size // ring), (RING, ring)) if name == zero else ((name, size),))
+        }
+
+    def _sizes(self, devices: int | None) -> dict[str, int]:
         sizes = self._given
         known = math.prod(size for size in sizes.values() if size != _REST)
         if devices is None:
@@ -163,8 +189,7 @@ class Shard(Pass):
     def run(self, program: Program, context: Context) -> PassResult:
         if program.placement.mesh is not None:
             raise ShardingError(f"shard: '{program.name}' is laid over a mesh already: shard a program once")
-        target = context.target
-        sizes = self.mesh_axes(None if target is None or target.chip.platform == "cpu" else target.num_devices)
+        sizes = self.mesh_axes(context.target)
         for captured in program.graphs.values():
             _refuse_explicit(captured)
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
@@ -181,7 +206,7 @@ class Shard(Pass):
         compute = parameter_specs(program.params, texts, sizes, compute)
         reports, stored = [], dict[str, PartitionSpec]()
         if self._batch:
-            reports.append(SiteReport("batch", "axis", "rewritten", f"split over {'+'.join(self._batch)}"))
+            reports.append(SiteReport("batch", "axis", "rewritten", f"split over {'+'.join(self._batch_axes(sizes))}"))
         for path, value in program.params.items():
             spec, why = _encodable(value, compute[path])
             compute[path] = spec
@@ -209,7 +234,7 @@ class Shard(Pass):
             specs={path: stored[path] if zero3 else compute[path] for path in stored if axes_of(stored[path])},
             optimizer={path: stored[path] for path in stored if self._stage and axes_of(stored[path])},
             gradients={path: stored[path] for path in stored if self._stage > 1 and axes_of(stored[path])},
-            batch=self._batch,
+            batch=self._batch_axes(sizes),
         )
         graphs = self.rewrite_graphs(program, decisions)
         return PassResult(program.replace(graphs=graphs, placement=placement), tuple(reports), decisions, tuple(notes))
@@ -219,7 +244,7 @@ class Shard(Pass):
         layout = Layout(meaning, sizes)
         batch = batch_of(meaning)
         if self._batch and batch:
-            layout.split(batch, self._batch)
+            layout.split(batch, self._batch_axes(sizes))
         elif self._batch:
             raise ShardingError(
                 "shard: no axis of the program is known to be the batch: say which one it is, "
@@ -263,7 +288,7 @@ class Shard(Pass):
 
     def _compute(self, layout: Layout) -> dict[str, PartitionSpec]:
         """How parameters lie where they are used."""
-        batch = set(self._batch) - {"expert"}
+        batch = set(self._batch_axes(layout.sizes)) - {"expert"}
         found: dict[str, PartitionSpec] = {}
         for x in layout.meaning.view.normal.inputs:
             if x.input is not None and x.input.kind == "parameter":
@@ -277,12 +302,18 @@ class Shard(Pass):
             return compute, ""
         if value.ndim < 2:
             return compute, "a vector: whole on each device"
-        over, entries = self._zero_axes, entries_of(compute, value.ndim)
+        over, entries = [n for n in self._zero_axes if n in sizes], entries_of(compute, value.ndim)
         parts = math.prod(sizes[name] for name in over)
         room = [value.shape[d] // math.prod(sizes[name] for name in entries[d]) for d in range(value.ndim)]
-        # Whole dimensions first, then the larger; the first of several belongs to the layers of a scan, if any does.
-        order = sorted(range(value.ndim), key=lambda d: (bool(entries[d]), d == 0 and value.ndim > 2, -room[d]))
-        for d in order:
+
+        def rank(d: int) -> tuple[Any, ...]:
+            # Whole dimensions first; the first of several belongs to the layers of a scan, if any does; then those of
+            # which a part fills tiles of a TPU's layout (8 x 128), and rather rows than columns; then the largest.
+            last = d == value.ndim - 1
+            unfilled = (room[d] // parts) % (_COLUMNS if last else _ROWS) != 0
+            return bool(entries[d]), d == 0 and value.ndim > 2, unfilled, last, -room[d]
+
+        for d in sorted(range(value.ndim), key=rank):
             if room[d] % parts == 0:
                 found = spec_of([*entries[:d], (*entries[d], *over), *entries[d + 1 :]])
                 if _encodable(value, found)[0] == found:
@@ -311,10 +342,19 @@ class Shard(Pass):
         gathered = {path: _spec(text) for path, text in decisions["gathered"].items()}
         kept = self._stage >= _STAGES
         parameters = {
-            path: Laid(compute.get(path, PartitionSpec()), spec, gathered=kept) for path, spec in gathered.items()
+            path: self._chain(spec, compute.get(path, PartitionSpec()), sizes, kept) for path, spec in gathered.items()
         }
         results, operands = activation_constraints(captured, layout, self.sequence)
         return constrained(captured, Constraints(mesh, parameters, results, operands))
+
+    def _chain(
+        self, stored: PartitionSpec, compute: PartitionSpec, sizes: Mapping[str, int], kept: bool
+    ) -> tuple[Laid, ...]:
+        """From how a parameter is stored to how it is used: over the ring first, so that most moves but once."""
+        between = spec_of([n for n in names if n != RING] for names in entries_of(stored, len(stored)))
+        if RING not in sizes or RING not in axes_of(stored):
+            return (Laid(compute, stored, gathered=kept),)
+        return Laid(between, stored, gathered=kept), Laid(compute, between, gathered=kept)
 
 
 @dataclasses.dataclass(frozen=True)

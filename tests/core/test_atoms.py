@@ -101,5 +101,6 @@ def test_a_sum_set_beside_itself_shifted_stays_whole_and_fixed() -> None:
     atoms.unify(before, after)
     (atom,) = atoms.expand(before)
     assert atoms.expand(after) == (atom,)
-    assert atom.size == 4096 and not atom.segments
+    assert atom.size == 4096
+    assert not atom.segments
     assert "set beside itself, shifted" in atom.reasons
