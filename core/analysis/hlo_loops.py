@@ -46,10 +46,8 @@ class _Scope:
             return self.arguments[number] if number < len(self.arguments) else None
         if instruction.opcode in _SAME:
             return self.scalar(instruction.operands[0])
-        if instruction.opcode == "get-tuple-element" and self.carried:
-            owner = self.computation.by_name[instruction.operands[0]]
-            index = re.search(r"\bindex=(\d+)", instruction.text)
-            return _Scalar(0, int(index[1])) if owner.opcode == "parameter" and index else None
+        if instruction.opcode == "get-tuple-element":
+            return self._element(self.computation.by_name[instruction.operands[0]], instruction)
         if instruction.opcode == "add":
             left, right = (self.scalar(operand) for operand in instruction.operands)
             if left is None or right is None or (left.element is not None and right.element is not None):
@@ -59,6 +57,23 @@ class _Scope:
         if instruction.opcode in ("fusion", "call"):
             inner = self.inner(instruction)
             return inner.scalar(inner.computation.root.name)
+        return None
+
+    def _element(self, owner: Instruction, chosen: Instruction) -> _Scalar | None:
+        """An element of what a loop carries, or of the results of a fusion or a barrier."""
+        index = re.search(r"\bindex=(\d+)", chosen.text)
+        if index is None:
+            return None
+        if owner.opcode == "parameter":
+            return _Scalar(0, int(index[1])) if self.carried else None
+        if owner.opcode == "opt-barrier":
+            owner = self.computation.by_name[owner.operands[0]]
+        if owner.opcode == "tuple":
+            return self.scalar(owner.operands[int(index[1])])
+        if owner.opcode in ("fusion", "call"):
+            inner = self.inner(owner)
+            root = inner.computation.root
+            return inner.scalar(root.operands[int(index[1])]) if root.opcode == "tuple" else None
         return None
 
     def inner(self, instruction: Instruction) -> _Scope:

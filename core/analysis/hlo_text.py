@@ -22,6 +22,8 @@ _DTYPES = {
     **{f"u{bits}": f"uint{bits}" for bits in (2, 4, 8, 16, 32, 64)},
 }
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+# The metadata of kernels is JSON over several lines, one of which may start with a brace as well.
+_END = re.compile(r"^\}(?!\})\s*(,\s*execution_thread=.*)?$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{(.*?)\}|\b(?:true|false)_computation=%?([\w.\-]+)")
@@ -210,7 +212,7 @@ def parse_computations(text: str) -> tuple[dict[str, Computation], str]:
             if header := _HEADER.match(line):
                 name, instructions, root = header[2], [], None
                 entry = name if header[1] else entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             if instructions:
                 found[name] = Computation(name, tuple(instructions), root or instructions[-1], devices)
             name = None

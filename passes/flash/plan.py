@@ -167,9 +167,11 @@ def _devices(view: View, attention: Attention, spec: Spec, placement: Placement)
         for x in (attention.query, attention.key)
         for linear in view.sources(x)
     ]
-    heads = tuple(name for name in found[0] if all(name in axes for axes in found)) if found else ()
+    # Where parameters are stored in more parts than they are used in, the others are those of the batch.
+    split = set(placement.batch)
+    heads = tuple(name for name in found[0] if name not in split and all(name in axes for axes in found)) if found else ()
     shards = math.prod(mesh.shape[name] for name in heads)
-    return Devices(mesh, batch, heads if not spec.heads[1] % shards and not set(heads) & set(batch) else ())
+    return Devices(mesh, batch, heads if not spec.heads[1] % shards else ())
 
 
 def _axes_of(view: View, placement: Placement, weight: Val, groups: set[Atom]) -> tuple[str, ...]:

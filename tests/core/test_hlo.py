@@ -324,3 +324,20 @@ def test_text_that_is_none_is_refused():
         hlo.parse("module @jit_f {}")
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("HloModule m\n")
+
+
+def test_metadata_over_several_lines_does_not_end_a_computation():
+    text = "\n".join(
+        [
+            "HloModule kernel",
+            "",
+            "ENTRY %main (p: f32[8]) -> f32[8] {",
+            "  %p = f32[8]{0} parameter(0)",
+            '  %k = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={metadata={',
+            '"block_q":"512"',
+            '}}, metadata={op_name="kernel"}',
+            "  ROOT %n = f32[8]{0} negate(%k)",
+            "}",
+        ]
+    )
+    assert hlo.parse(text).computations["main"].root.name == "n"
