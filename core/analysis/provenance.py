@@ -90,6 +90,7 @@ _SAME = frozenset(
         "copy_p",
         "sharding_constraint",
         "constrain",
+        "name",
         "reshard",
         "optimization_barrier",
         "stop_gradient",
