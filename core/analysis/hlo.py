@@ -201,7 +201,7 @@ def _channel(instruction: Instruction) -> str:
 
 
 def _pieces(module: Module) -> dict[str, set[str]]:
-    """For channels of collectives that are started, continued and ended in fusions: the computations that start them."""
+    """By channel, of collectives that are started, continued and ended in fusions: the computations that start them."""
     found: dict[str, set[str]] = {}
     for _, instruction, _ in module.walk():
         if instruction.opcode == "fusion" and instruction.name.startswith(_STARTS):

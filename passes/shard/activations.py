@@ -91,8 +91,8 @@ class _Chooser:
         dims = self.layout.dims(x)
         if self._split_positions(dims) is None:
             return
-        out = self.layout.entries(self.layout.dims(node.outputs[0]))
-        if any(names and self.sequence in names for names in out):
+        expanded = [self.layout.expand(factors) for factors in self.layout.dims(node.outputs[0])]
+        if not any(self.features.intersection(atoms) for atoms in expanded):
             self.operands[path, operand] = Laid(activation_spec(self.layout.entries(dims)))
 
     def _reachable(self, path: Path, x: Val) -> bool:

@@ -100,18 +100,26 @@ def activation_spec(entries: Sequence[tuple[str, ...] | None]) -> PartitionSpec:
     return PartitionSpec(*(PartitionSpec.UNCONSTRAINED if names is None else entry(names) for names in entries))
 
 
-def batch_of(meaning: Meaning) -> Factors:
-    """The axis of the batch: by its name, or else what all arguments have in front."""
-    named = [axis.atom for axis in meaning.axes if axis.name == BATCH]
-    if named:
-        return (named[0],)
+def batches_of(meaning: Meaning) -> list[Factors]:
+    """The axes of the batch: those that are called so, and those that attentions share; else what arguments lead with.
+
+    There are several where a model has several inputs that are batches apart, such as images and texts.
+    """
     engine = meaning.view.engine
-    leading = {
-        engine.atoms.expand(engine.dims[x][0])
-        for x in meaning.view.normal.inputs
-        if x.input is not None and x.input.kind == "argument" and x.shape
-    }
-    return leading.pop() if len(leading) == 1 else ()
+    found = {engine.atoms.expand((axis.atom,)): None for axis in meaning.axes if word(axis.name) == BATCH}
+    for attention in meaning.of_kind(Attention):
+        if leading := engine.atoms.expand(attention.batch)[:1]:
+            found[leading] = None
+    if not found:
+        arguments = [x for x in meaning.view.normal.inputs if x.input is not None and x.input.kind == "argument"]
+        found = {engine.atoms.expand(engine.dims[x][0]): None for x in arguments if x.shape}
+        found = found if len(found) == 1 else {}
+    return [factors for factors in found if factors]
+
+
+def word(name: str) -> str:
+    """What kind of axis a name says: the last word, without a number."""
+    return name.partition("#")[0].rpartition(".")[2]
 
 
 def split_by_rules(layout: Layout, rules: Sequence[AxisRule]) -> None:
@@ -125,7 +133,7 @@ def split_by_rules(layout: Layout, rules: Sequence[AxisRule]) -> None:
     for rule in rules:
         chosen = [axis for axis in axes if rule.matches(axis.name)] or _heads(layout.meaning, rule)
         if not chosen:
-            kinds = dict.fromkeys(axis.name.partition("#")[0].rpartition(".")[2] for axis in axes)
+            kinds = dict.fromkeys(word(axis.name) for axis in axes)
             raise ShardingError(f"the rule '{rule.text}' names no axis; there are: {', '.join(kinds)}")
         for axis in chosen:
             before = decided.setdefault(axis.atom, rule)
@@ -144,7 +152,7 @@ def _heads(meaning: Meaning, rule: AxisRule) -> list[Any]:
     """The axes of groups, for a rule that speaks of heads where keys are shared by several."""
     if rule.axis != "heads":
         return []
-    return [axis for axis in meaning.axes if axis.name.rpartition(".")[2] == "groups"]
+    return [axis for axis in meaning.axes if word(axis.name) == "groups"]
 
 
 def indivisible(layout: Layout, name: str, size: int, parameters: Iterable[str], mesh_axes: Sequence[str]) -> str:
@@ -152,12 +160,11 @@ def indivisible(layout: Layout, name: str, size: int, parameters: Iterable[str],
     parts = layout.parts(mesh_axes)
     over = "+".join(mesh_axes)
     fits = [n for n in range(2, min(size, 4 * parts) + 1) if size % n == 0]
-    word = name.partition("#")[0].rpartition(".")[2]
     where = ", ".join(list(parameters)[:3])
     return (
         f"the axis {name} of {size} does not divide over {over} ({parts}); it is in {where or 'no parameter'}. It "
         f"divides by {', '.join(map(str, fits)) or 'nothing near'}; pad it to {math.ceil(size / parts) * parts} in the "
-        f"model, or leave it whole with rules=[{word}->-]"
+        f"model, or leave it whole with rules=[{word(name)}->-]"
     )
 
 
@@ -180,5 +187,5 @@ def split_attention(layout: Layout, attention: Attention, mesh_axes: Sequence[st
         return ""
     if (count * each) % parts == 0 and parts % count == 0:
         layout.split((*groups, *repeats), mesh_axes)
-        return f"{attention.name}: {count} key-value head(s) for {parts} devices: keys and values are on each of them"
+        return f"{count} key-value head(s) for {parts} devices, so keys and values are on each of them"
     raise ShardingError(indivisible(layout, f"{attention.name}.heads", count * each, params, mesh_axes))

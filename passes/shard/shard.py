@@ -16,7 +16,7 @@ from compax.encoding import Encoded
 from compax.errors import EncodingError, PipelineError, ShardingError
 from compax.meaning import Meaning
 from compax.passes.shard.activations import activation_constraints
-from compax.passes.shard.layout import Layout, batch_of, indivisible, split_attention, split_by_rules
+from compax.passes.shard.layout import Layout, batches_of, indivisible, split_attention, split_by_rules, word
 from compax.passes.shard.rules import (
     ARROW,
     AxisRule,
@@ -194,16 +194,19 @@ class Shard(Pass):
             _refuse_explicit(captured)
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
         chosen = {path.name for path in self.select(map(_Parameter, program.params), what="parameter")}
-        notes: dict[str, None] = {}
+        notes: dict[str, list[str]] = {}
         compute: dict[str, PartitionSpec] = {}
+        fused: dict[str, str] = {}
         for captured in program.graphs.values():
             layout = self._layout(Meaning(captured, program.declared), sizes, notes)
             for path, spec in self._compute(layout).items():
                 if path in chosen:
                     compute.setdefault(path, spec)
+            fused |= self._fused(layout)
         texts = [rule for rule in self.rules if ARROW not in rule]
         ruled = {path for text in texts for path in ParameterRule.parse(text, sizes, "shard").matched(program.params)}
         compute = parameter_specs(program.params, texts, sizes, compute)
+        self._check_use(program, compute)
         reports, stored = [], dict[str, PartitionSpec]()
         if self._batch:
             reports.append(SiteReport("batch", "axis", "rewritten", f"split over {'+'.join(self._batch_axes(sizes))}"))
@@ -213,7 +216,7 @@ class Shard(Pass):
             split, reason = self._stored(value, spec, sizes) if path in chosen and path not in ruled else (spec, "")
             stored[path] = split
             used = axes_of(split) or axes_of(spec)
-            declined = why or (reason if not used else "")
+            declined = why or (fused.get(path) or reason if not used else "")
             reports.append(
                 SiteReport(path, "parameter", "rewritten" if used else "skipped" if declined else "matched",
                            declined or self._told(spec, split), path)
@@ -237,15 +240,19 @@ class Shard(Pass):
             batch=self._batch_axes(sizes),
         )
         graphs = self.rewrite_graphs(program, decisions)
-        return PassResult(program.replace(graphs=graphs, placement=placement), tuple(reports), decisions, tuple(notes))
+        told = tuple(
+            f"{', '.join(list(dict.fromkeys(names))[:2])}{', ...' if len(names) > 2 else ''}: {note}"
+            for note, names in notes.items()
+        )
+        return PassResult(program.replace(graphs=graphs, placement=placement), tuple(reports), decisions, told)
 
-    def _layout(self, meaning: Meaning, sizes: Mapping[str, int], notes: dict[str, None] | None = None) -> Layout:
+    def _layout(self, meaning: Meaning, sizes: Mapping[str, int], notes: dict[str, list[str]] | None = None) -> Layout:
         """How the axes of a graph are split."""
         layout = Layout(meaning, sizes)
-        batch = batch_of(meaning)
-        if self._batch and batch:
+        batches = batches_of(meaning)
+        for batch in batches if self._batch else ():
             layout.split(batch, self._batch_axes(sizes))
-        elif self._batch:
+        if self._batch and not batches:
             raise ShardingError(
                 "shard: no axis of the program is known to be the batch: say which one it is, "
                 "program.declare(axis=..., kind='batch'); program.axes() lists them"
@@ -278,11 +285,11 @@ class Shard(Pass):
             if isinstance(composite, Attention) and asked("heads"):
                 note = split_attention(layout, composite, self._tensor, composite.parameters)
                 if note and notes is not None:
-                    notes[note] = None
+                    notes.setdefault(note, []).append(composite.name)
             elif isinstance(composite, (FeedForward, Experts)):
                 hidden(f"{composite.name}.hidden", composite.hidden, composite.parameters)
         for axis in meaning.axes if self._tensor else ():
-            if axis.name.partition("#")[0].rpartition(".")[2] == "vocabulary" and axis.parameters:
+            if word(axis.name) == "vocabulary" and axis.parameters:
                 hidden(axis.name, (axis.atom,), list(axis.parameters))
         return layout
 
@@ -295,6 +302,27 @@ class Shard(Pass):
                 entries = layout.entries(layout.dims(x))
                 found[x.input.path] = spec_of([n for n in names or () if n not in batch] for names in entries)
         return found
+
+    def _fused(self, layout: Layout) -> dict[str, str]:
+        """Parameters in which axes that are split lie side by side or behind others, and why they are whole."""
+        return {
+            x.input.path: "what is split lies side by side in one dimension of it: whole, and computed on each device"
+            for x in layout.meaning.view.normal.inputs
+            if x.input is not None and x.input.kind == "parameter" and None in layout.entries(layout.dims(x))
+        }
+
+    def _check_use(self, program: Program, compute: Mapping[str, PartitionSpec]) -> None:
+        """Refuses axes of the mesh that split nothing."""
+        used = {name for spec in compute.values() for name in axes_of(spec)}
+        for axis, what in (
+            *((name, "heads, hidden axes or vocabulary") for name in self._tensor),
+            ("expert", "experts"),
+        ):
+            if axis in self._given and axis not in used and not any(axis in rule for rule in self.rules):
+                raise ShardingError(
+                    f"shard: no parameter of '{program.name}' has {what} that {axis}={self._given[axis]} could split: "
+                    "leave that axis out, or say by rules what it splits; program.axes() lists the axes"
+                )
 
     def _stored(self, value: Any, compute: PartitionSpec, sizes: Mapping[str, int]) -> tuple[PartitionSpec, str]:
         """How a parameter, its gradient or its optimizer's state is stored under ZeRO, or why it is whole."""
