@@ -18,6 +18,7 @@ from compax.experiments.optimizer import optimizer, schedule
 from compax.experiments.programs import TRAIN
 from compax.experiments.shardings import StepSpecs, placement_specs
 from compax.placement import DEVICE, Placement, moved, placed
+from compax.tpu.options import compiler_options
 
 Step = Callable[["TrainState", dict[str, Any], "jax.Array | np.ndarray"], tuple["TrainState", dict[str, jax.Array]]]
 
@@ -157,4 +158,5 @@ def make_step(config: Config, program: compax.Program, specs: StepSpecs | None =
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(before.updates), "skipped": after.skipped}
         return after, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    options = compiler_options(jax.default_backend()) if placement.mesh is not None else {}
+    return jax.jit(step, donate_argnums=0, compiler_options=options or None)

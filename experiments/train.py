@@ -18,12 +18,13 @@ import numpy as np
 
 import compax
 from compax.errors import CheckpointError, CompaxError
-from compax.experiments import checkpoint, data, metrics, optimizer, programs
+from compax.experiments import checkpoint, data, metrics, optimizer, programs, shardings
 from compax.experiments.config import Config, run_directory
 from compax.experiments.console import Console, Progress, amount
 from compax.experiments.evaluate import Evaluation, Evaluator
 from compax.experiments.preemption import Preemption, Stopped
 from compax.experiments.step import Step, make_step, start
+from compax.placement import DEVICE, mesh_text
 
 
 class DivergenceError(CompaxError):
@@ -75,6 +76,8 @@ def train(config: Config, console: Console, preemption: Preemption) -> Trained:
             f"vocabulary {corpus.tokenizer.vocabulary}"
         )
         program = programs.build_program(config, corpus.tokenizer.vocabulary)
+        if program.placement.mesh is not None:
+            program = program.place()
         describe(program, config, console)
         loop = _Loop(config, console, preemption, program, corpus)
         loop.restore()
@@ -104,8 +107,10 @@ def describe(program: compax.Program, config: Config, console: Console) -> None:
     trainable, _ = program.partition()
     total, count = (sum(value.size for value in params.values()) for params in (program.params, trainable))
     tokens = config.data.batch_size * config.data.sequence_length
-    devices = jax.local_devices()
+    devices, mesh = jax.devices(), program.placement.mesh
     one = "" if len(devices) == 1 else f" (1 of {len(devices)} devices)"
+    if mesh is not None:
+        one = f" ({mesh_text(mesh)})"
     console.say(
         f"model: {config.model.family} {config.model.size}, {amount(total)} parameters, {amount(count)} trainable; "
         f"{config.steps} steps of {tokens} tokens on {devices[0].device_kind}{one}"
@@ -133,6 +138,7 @@ class _Loop:
         held = data.Sequences(corpus.eval, config.data.sequence_length)
         batches = data.evaluation_batches(held, programs.micro_batch(config), config.evaluation.batches)
         self.evaluator = Evaluator(program, batches)
+        self.placement = program.placement
         self.state, self.frozen = start(config, program)
         self.step_function: Step = make_step(config, program)
         self.checkpoints = checkpoint.Checkpoints(self.directory, keep=config.checkpoint.keep)
@@ -214,11 +220,16 @@ class _Loop:
             self._say(evaluation)
         return evaluation
 
-    def _batches(self) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    def _batches(self) -> Iterator[tuple[jax.Array | np.ndarray, dict[str, np.ndarray]]]:
         shape = (self.config.optimizer.accumulation, programs.micro_batch(self.config), -1)
+        placement, sharding = self.placement, None
+        if placement.mesh is not None:
+            spec = shardings.batch_spec(placement.batch, dict(placement.mesh.shape), shape[1])
+            sharding = placement.place(spec, DEVICE)
         while self.step < self.config.steps:
             batch = next(self.batches)
-            yield batch["tokens"].reshape(shape), batch
+            tokens = batch["tokens"].reshape(shape)
+            yield tokens if sharding is None else jax.device_put(tokens, sharding), batch
 
     def _flush(self, clock: _Clock) -> None:
         """Settles the step that is still pending."""

@@ -122,7 +122,7 @@ def word(name: str) -> str:
     return name.partition("#")[0].rpartition(".")[2]
 
 
-def split_by_rules(layout: Layout, rules: Sequence[AxisRule]) -> None:
+def split_by_rules(layout: Layout, rules: Sequence[AxisRule], *, strict: bool = True) -> None:
     """Splits the axes that rules name.
 
     Raises:
@@ -132,7 +132,7 @@ def split_by_rules(layout: Layout, rules: Sequence[AxisRule]) -> None:
     decided: dict[Atom, AxisRule] = {}
     for rule in rules:
         chosen = [axis for axis in axes if rule.matches(axis.name)] or _heads(layout.meaning, rule)
-        if not chosen:
+        if not chosen and strict:
             kinds = dict.fromkeys(word(axis.name) for axis in axes)
             raise ShardingError(f"the rule '{rule.text}' names no axis; there are: {', '.join(kinds)}")
         for axis in chosen:

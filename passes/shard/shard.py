@@ -198,7 +198,7 @@ class Shard(Pass):
         compute: dict[str, PartitionSpec] = {}
         fused: dict[str, str] = {}
         for captured in program.graphs.values():
-            layout = self._layout(Meaning(captured, program.declared), sizes, notes)
+            layout = self._layout(Meaning(captured, program.declared), sizes, notes, strict=not compute)
             for path, spec in self._compute(layout).items():
                 if path in chosen:
                     compute.setdefault(path, spec)
@@ -246,19 +246,26 @@ class Shard(Pass):
         )
         return PassResult(program.replace(graphs=graphs, placement=placement), tuple(reports), decisions, told)
 
-    def _layout(self, meaning: Meaning, sizes: Mapping[str, int], notes: dict[str, list[str]] | None = None) -> Layout:
-        """How the axes of a graph are split."""
+    def _layout(
+        self,
+        meaning: Meaning,
+        sizes: Mapping[str, int],
+        notes: dict[str, list[str]] | None = None,
+        *,
+        strict: bool = False,
+    ) -> Layout:
+        """How the axes of a graph are split; `strict` refuses one without a batch or without what rules name."""
         layout = Layout(meaning, sizes)
         batches = batches_of(meaning)
         for batch in batches if self._batch else ():
             layout.split(batch, self._batch_axes(sizes))
-        if self._batch and not batches:
+        if self._batch and not batches and strict:
             raise ShardingError(
                 "shard: no axis of the program is known to be the batch: say which one it is, "
                 "program.declare(axis=..., kind='batch'); program.axes() lists them"
             )
         rules = [AxisRule.parse(rule, sizes) for rule in self.rules if ARROW in rule]
-        split_by_rules(layout, rules)
+        split_by_rules(layout, rules, strict=strict)
         whole = [rule for rule in rules if not rule.mesh_axes]
 
         def asked(name: str) -> bool:

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, PartitionSpec
 import compax
 from compax.errors import ShardingError
 from compax.experiments import shardings
+from compax.passes.shard.rules import parameter_specs
 
 AXES = {"data": 2, "model": 4}
 PARAMS = {
@@ -21,8 +22,8 @@ PARAMS = {
 
 def test_rules_name_parameters_and_later_ones_override():
     rules = ("blocks.**: -,data", "blocks.mlp.up.kernel: -,data,model", "embed.*: data+model,-")
-    assert shardings.parameter_specs(PARAMS, rules, AXES) == {
-        "embed.embedding": PartitionSpec(("data", "model"), None),
+    assert parameter_specs(PARAMS, rules, AXES) == {
+        "embed.embedding": PartitionSpec(("data", "model")),
         "blocks.mlp.up.kernel": PartitionSpec(None, "data", "model"),
         "blocks.mlp.down.kernel": PartitionSpec(None, "data"),
         "norm.scale": PartitionSpec(),
@@ -45,26 +46,26 @@ def test_rules_name_parameters_and_later_ones_override():
 )
 def test_what_is_wrong_with_a_rule(rule, message):
     if message is None:
-        assert shardings.parameter_specs(PARAMS, (rule,), AXES)
+        assert parameter_specs(PARAMS, (rule,), AXES)
         return
     with pytest.raises(ShardingError) as told:
-        shardings.parameter_specs(PARAMS, (rule,), AXES)
+        parameter_specs(PARAMS, (rule,), AXES)
     assert message in str(told.value)
-    assert str(told.value).startswith("sharding.params: ")
+    assert str(told.value).startswith("shard(rules=...): ")
     assert "\n" not in str(told.value)
 
 
 def test_rules_of_the_optimizer_come_after_those_of_parameters():
-    params = shardings.parameter_specs(PARAMS, ("blocks.**: -,data",), AXES)
-    specs = shardings.parameter_specs(PARAMS, ("**.up.kernel: -,-,model",), AXES, params, "sharding.optimizer")
+    params = parameter_specs(PARAMS, ("blocks.**: -,data",), AXES)
+    specs = parameter_specs(PARAMS, ("**.up.kernel: -,-,model",), AXES, params, "sharding.optimizer")
     assert specs["blocks.mlp.down.kernel"] == PartitionSpec(None, "data")
     assert specs["blocks.mlp.up.kernel"] == PartitionSpec(None, None, "model")
     with pytest.raises(ShardingError, match=r"^sharding\.optimizer: 'nothing: data'"):
-        shardings.parameter_specs(PARAMS, ("nothing: data",), AXES, params, "sharding.optimizer")
+        parameter_specs(PARAMS, ("nothing: data",), AXES, params, "sharding.optimizer")
 
 
 def test_the_optimizer_follows_its_parameters():
-    specs = shardings.parameter_specs(PARAMS, ("blocks.mlp.up.kernel: -,data,model",), AXES)
+    specs = parameter_specs(PARAMS, ("blocks.mlp.up.kernel: -,data,model",), AXES)
     state = jax.eval_shape(optax.adamw(1e-3).init, PARAMS)
     found = shardings.follow(state, PARAMS, specs)
     assert found[0].mu["blocks.mlp.up.kernel"] == PartitionSpec(None, "data", "model")
@@ -73,7 +74,7 @@ def test_the_optimizer_follows_its_parameters():
 
 
 def test_factored_moments_have_another_shape_and_stay_whole():
-    specs = shardings.parameter_specs(PARAMS, ("embed.embedding: model,-",), AXES)
+    specs = parameter_specs(PARAMS, ("embed.embedding: model,-",), AXES)
     state = jax.eval_shape(optax.adafactor(1e-3, min_dim_size_to_factor=8).init, PARAMS)
     found = jax.tree.leaves(shardings.follow(state, PARAMS, specs))
     shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
@@ -84,7 +85,7 @@ def test_factored_moments_have_another_shape_and_stay_whole():
 def test_encoded_parameters_are_split_leaf_by_leaf():
     program = compax.capture(lambda params, x: x @ params["w"], {"w": jnp.ones((64, 32))}, jnp.ones((4, 64)))
     encoded = compax.Pipeline.parse("quantize(weights=int8)")(program).params
-    specs = shardings.parameter_specs(encoded, ("w: -,model",), AXES)
+    specs = parameter_specs(encoded, ("w: -,model",), AXES)
     leaves = jax.tree.leaves(shardings.follow(encoded, encoded, specs))
     assert len(leaves) == len(jax.tree.leaves(encoded)) > 1
     assert PartitionSpec(None, "model") in leaves
@@ -102,7 +103,7 @@ def test_a_batch_over_axes():
 
 def test_bytes_of_one_device():
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    specs = shardings.parameter_specs(PARAMS, ("blocks.mlp.up.kernel: -,data,model",), AXES)
+    specs = parameter_specs(PARAMS, ("blocks.mlp.up.kernel: -,data,model",), AXES)
     placed = shardings.abstract(mesh, PARAMS, shardings.follow(PARAMS, PARAMS, specs))
     expected = 4 * (96 * 32 + 2 * 32 * 80 // 8 + 2 * 80 * 32 + 32)
     assert shardings.device_bytes(placed) == expected
