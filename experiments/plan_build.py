@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import compax
+from compax.analysis.exchange import exchanged
 from compax.encoding import format_of
 from compax.experiments import config as configs
 from compax.experiments import programs, shardings
@@ -22,7 +23,8 @@ from compax.experiments.config import Config
 from compax.experiments.optimizer import optimizer
 from compax.experiments.shardings import StepSpecs
 from compax.experiments.step import TrainState, make_step
-from compax.passes.shard.rules import axes_of, spec_text
+from compax.passes.shard.rules import spec_text
+from compax.placement import axes_of
 from compax.target import Target
 from compax.tpu.worker import Built
 
@@ -176,14 +178,7 @@ def _facts(
     passes = 1 if forward else 2 + trained / total
     whole = {**state.params, **frozen}
     sizes = {path: shardings.device_bytes(value) for path, value in whole.items()}
-    split = math.prod(mesh.shape[name] for name in specs.batch)
-    exchanged: dict[str, int] = {}
-    gradients = 0
-    for path in trainable if not forward else ():
-        over = set(axes_of(specs.params[path])).intersection(specs.batch)
-        gathered = math.prod(mesh.shape[name] for name in over)
-        gradients += sizes[path]
-        _count(exchanged, path, sizes, gathered, parts, split)
+    trained_sizes = {path: sizes[path] for path in trainable if not forward}
     optimizer_bytes = shardings.device_bytes(state.optimizer)
     return Facts(
         entry=entry,
@@ -197,25 +192,22 @@ def _facts(
         optimizer_bytes=optimizer_bytes,
         state_bytes=shardings.device_bytes((state.state, state.updates, state.skipped)),
         batch_bytes=shardings.device_bytes(tokens),
-        gradient_bytes=gradients,
+        gradient_bytes=sum(trained_sizes.values()),
         optimizer_split_bytes=_split_bytes(state, specs.batch, mesh),
         largest=tuple(
             (path, format_of(whole[path]), tuple(whole[path].shape), spec_text(specs.params[path]), sizes[path])
             for path in sorted(sizes, key=lambda path: -sizes[path])[:_LARGEST]
         ),
-        exchanged=exchanged,
+        exchanged=exchanged(
+            trained_sizes,
+            specs.params,
+            specs.batch,
+            mesh.shape,
+            gradients=specs.gradients,
+            optimizer=specs.optimizer,
+            parts=parts,
+        ),
     )
-
-
-def _count(
-    exchanged: dict[str, int], path: str, sizes: Mapping[str, int], gathered: int, parts: int, split: int
-) -> None:
-    """Adds the bytes that one trained parameter's sharding asks for."""
-    if gathered > 1:
-        exchanged["all-gather"] = exchanged.get("all-gather", 0) + 2 * parts * sizes[path] * gathered
-        exchanged["reduce-scatter"] = exchanged.get("reduce-scatter", 0) + parts * sizes[path] * gathered
-    if split > gathered:
-        exchanged["all-reduce"] = exchanged.get("all-reduce", 0) + parts * sizes[path]
 
 
 def _split_bytes(state: TrainState, batch: tuple[str, ...], mesh: Mesh) -> int:

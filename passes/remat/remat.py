@@ -6,13 +6,14 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
+from compax.analysis.training import returns_loss
 from compax.capture import Captured
 from compax.composites.base import Attention
 from compax.contracts import Exact
 from compax.errors import BudgetError, PipelineError, SelectorError
 from compax.ir import Path
 from compax.meaning import Meaning
-from compax.passes.remat.planning import Plan, Planner, returns_loss
+from compax.passes.remat.planning import Plan, Planner
 from compax.printing import bytes_text, graph_text, share_text
 from compax.program import Program
 from compax.raising import Site, find_sites
