@@ -21,6 +21,7 @@ from compax.experiments import config as configs
 from compax.experiments import programs, shardings
 from compax.experiments.config import Config
 from compax.experiments.optimizer import optimizer
+from compax.experiments.plan_predict import Prediction, predict
 from compax.experiments.shardings import StepSpecs
 from compax.experiments.step import TrainState, make_step
 from compax.passes.shard.rules import spec_text
@@ -50,9 +51,8 @@ class Facts:
         gradient_bytes: gradients of the trained parameters, in their stored dtype.
         optimizer_split_bytes: the optimizer's state if it were split over the batch's axes as well.
         largest: the largest parameters: path, format, shape, spec, bytes on one device.
-        exchanged: bytes of collectives that the shardings ask for at least, by kind: gradients of parameters that the
-            batch's axes do not split are all-reduced; parameters that they do split are gathered twice and their
-            gradients scattered once.
+        exchanged: bytes of collectives that the shardings ask for at least, by kind: `compax.analysis.exchange`.
+        prediction: what the train step takes; none for the loss alone.
     """
 
     entry: str
@@ -68,6 +68,13 @@ class Facts:
     optimizer_split_bytes: int
     largest: tuple[tuple[str, str, tuple[int, ...], str, int], ...]
     exchanged: Mapping[str, int]
+    prediction: Prediction | None = None
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Facts:
+        """Facts that went through JSON."""
+        given = found["prediction"]
+        return cls(**{**found, "prediction": None if given is None else Prediction.from_json(given)})
 
     @property
     def argument_bytes(self) -> int:
@@ -98,6 +105,9 @@ def build(mesh: Mesh, arguments: Mapping[str, Any]) -> Built:
     else:
         traced, placed = _train(mesh, config, program, specs, tokens)
     facts = _facts(config, program, specs, mesh, placed, tokens, forward=arguments["forward"])
+    if not arguments["forward"]:
+        prediction = predict(config, program, specs, axes, Target.parse(arguments["target"]))
+        facts = dataclasses.replace(facts, prediction=prediction)
     return Built(traced, dataclasses.asdict(facts))
 
 

@@ -212,6 +212,7 @@ def _json(report: Report) -> dict[str, Any]:
     memory, times, economy = compiled.memory, report.times, report.economy()
     shortage = compiled.shortage
     made = dataclasses.asdict(memory) if memory else {}
+    graph = facts.prediction and dataclasses.asdict(facts.prediction)
     return {
         "name": report.name,
         "target": str(target),
@@ -224,6 +225,7 @@ def _json(report: Report) -> dict[str, Any]:
         "parameters": facts.parameters,
         "trainable": facts.trainable,
         "fits": report.fits,
+        "graph": {"predicted": graph},
         "shortage": dataclasses.asdict(shortage) if shortage else None,
         "memory": {
             "limit": report.limit_bytes,

@@ -50,8 +50,42 @@ def returns_loss(captured: "Captured") -> bool:
     return bool(outputs) and outputs[0].shape == () and jnp.issubdtype(outputs[0].dtype, jnp.floating)
 
 
-def train_step(program: "Program", captured: "Captured", slots: int) -> TrainStep:
-    """The step of an optimizer that keeps some float32 arrays of the size of each parameter, as Adam keeps two.
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optimizer as a train step sees it.
+
+    Attributes:
+        init: from the trained parameters to the optimizer's state.
+        update: from gradients, state and parameters to the new parameters and the new state.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+def keeping(slots: int) -> Optimizer:
+    """An optimizer that keeps some float32 arrays of the size of each parameter, as Adam keeps two."""
+
+    def init(params: Any) -> Any:
+        return [jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params) for _ in range(slots)]
+
+    def update(gradients: Any, moments: Any, params: Any) -> tuple[Any, Any]:
+        after = [jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g.astype(m.dtype), moment, gradients) for moment in moments]
+        updates = after[0] if after else gradients
+        for other in after[1:]:
+            updates = jax.tree.map(lambda u, v: u / (jnp.sqrt(jnp.abs(v)) + 1e-8), updates, other)
+        return jax.tree.map(lambda p, u: (p - 1e-3 * u).astype(p.dtype), params, updates), after
+
+    return Optimizer(init, update)
+
+
+def train_step(program: "Program", captured: "Captured", optimizer: int | Optimizer) -> TrainStep:
+    """The train step over a graph of a program.
+
+    Args:
+        program: the program; its parameters may be shapes.
+        captured: one of its graphs.
+        optimizer: the optimizer; or how many float32 arrays of the size of each parameter it keeps.
 
     Raises:
         CaptureError: the first output of the graph is no loss.
@@ -61,9 +95,9 @@ def train_step(program: "Program", captured: "Captured", slots: int) -> TrainSte
             f"the entry '{captured.entry.name}' returns no loss, so there is no backward pass whose memory could be "
             "planned; capture the model with its loss: compax.capture(model, batch, loss=function)"
         )
+    rule = keeping(optimizer) if isinstance(optimizer, int) else optimizer
     trainable, frozen = program.partition()
     shapes = jax.tree.map(_struct, (trainable, frozen, program.state))
-    moments = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes[0]) for _ in range(slots)]
 
     def step(evaluator: Scoped, parameter: Any, frozen: Any, state: Any, optimizer: Any, argument: Any) -> Any:
         def loss_of(trainable: Any) -> tuple[Any, list[Any]]:
@@ -71,13 +105,7 @@ def train_step(program: "Program", captured: "Captured", slots: int) -> TrainSte
             return first, rest
 
         (value, rest), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameter)
-        after = [
-            jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g.astype(m.dtype), moment, gradients) for moment in optimizer
-        ]
-        updates = after[0] if after else gradients
-        for other in after[1:]:
-            updates = jax.tree.map(lambda u, v: u / (jnp.sqrt(jnp.abs(v)) + 1e-8), updates, other)
-        changed = jax.tree.map(lambda p, u: (p - 1e-3 * u).astype(p.dtype), parameter, updates)
+        changed, after = rule.update(gradients, optimizer, parameter)
         return changed, after, value, rest
 
     return TrainStep(
@@ -86,7 +114,7 @@ def train_step(program: "Program", captured: "Captured", slots: int) -> TrainSte
             "parameter": shapes[0],
             "frozen": shapes[1],
             "state": shapes[2],
-            "optimizer": moments,
+            "optimizer": jax.eval_shape(rule.init, shapes[0]),
             "argument": argument_shapes(captured),
         },
     )
