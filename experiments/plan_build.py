@@ -23,8 +23,10 @@ from compax.experiments.config import Config
 from compax.experiments.optimizer import optimizer
 from compax.experiments.shardings import StepSpecs
 from compax.experiments.step import TrainState, make_step
+from compax.instruments import Journal
 from compax.passes.shard.rules import spec_text
 from compax.placement import axes_of
+from compax.price import Price, price_json
 from compax.target import Target
 from compax.tpu.worker import Built
 
@@ -53,6 +55,8 @@ class Facts:
         exchanged: bytes of collectives that the shardings ask for at least, by kind: gradients of parameters that the
             batch's axes do not split are all-reduced; parameters that they do split are gathered twice and their
             gradients scattered once.
+        passes: what each pass of the pipeline changed of the price, all devices together: its text as `pass`, pairs of
+            before and after as `figures`, and `notes`.
     """
 
     entry: str
@@ -68,6 +72,7 @@ class Facts:
     optimizer_split_bytes: int
     largest: tuple[tuple[str, str, tuple[int, ...], str, int], ...]
     exchanged: Mapping[str, int]
+    passes: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def argument_bytes(self) -> int:
@@ -87,7 +92,9 @@ def build(mesh: Mesh, arguments: Mapping[str, Any]) -> Built:
     """
     config = configs.from_json(arguments["config"], where="the config")
     vocabulary = config.tokenizer.vocabulary
-    program = programs.build_program(config, vocabulary, abstract=True, target=Target.parse(arguments["target"]))
+    target, journal = Target.parse(arguments["target"]), Journal()
+    watching = (Price(target), journal)
+    program = programs.build_program(config, vocabulary, abstract=True, target=target, instruments=watching)
     axes = dict(mesh.shape)
     specs = shardings.step_specs(config, program, axes)
     tokens_spec = shardings.batch_spec(specs.batch, axes, programs.micro_batch(config))
@@ -98,6 +105,7 @@ def build(mesh: Mesh, arguments: Mapping[str, Any]) -> Built:
     else:
         traced, placed = _train(mesh, config, program, specs, tokens)
     facts = _facts(config, program, specs, mesh, placed, tokens, forward=arguments["forward"])
+    facts = dataclasses.replace(facts, passes=tuple(map(price_json, journal.records)))
     return Built(traced, dataclasses.asdict(facts))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from compax.experiments import plan_text
 from compax.experiments.plan_report import Report
+from compax.price import COLUMNS, MEASURED, Pairs, price_rows
 from compax.printing import bytes_text, flops_text
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ table { border-collapse: collapse; margin: .6rem 0; font-size: .92rem; }
 th, td { padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px solid #e3e6ec; vertical-align: top; }
 td + td { font-variant-numeric: tabular-nums; } .mono { font-family: ui-monospace, monospace; font-size: .85rem; }
 svg { max-width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: #1d2129; }
-svg .quiet { fill: #6a7180; } .yes { color: #1d7a46; } .no { color: #b3261e; } .note { color: #6a7180; }
+svg .quiet { fill: #6a7180; } svg .edge { stroke: #1d2129; } .yes { color: #1d7a46; } .no { color: #b3261e; } .note { color: #6a7180; }
 """
 _WIDTH = 900
 
@@ -87,6 +88,8 @@ def _report(report: Report, *, heading: str, brief: bool) -> list[str]:
         parts.append(_table(("", "predicted", "compiled"), plan_text.step_rows(report)))
         parts += ["<h2>Roofline (predicted peaks, compiled work)</h2>", _roofline(report)]
         parts += ["<h2>Training (predicted)</h2>", _table(("", ""), plan_text.training_rows(report))]
+    if report.facts.passes:
+        parts += ["<h2>What each pass changed (predicted, all devices)</h2>", _passes(report)]
     parts += ["<h2>Where the chip's figures are from</h2>", _sources(report)]
     return parts
 
@@ -111,6 +114,16 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], mono: Sequence
 def _buffers(report: Report) -> str:
     rows = [(bytes_text(each.bytes), each.shape, each.op_name or each.name) for each in report.compiled.buffers]
     return _table(("size", "shape", "operation"), rows, mono=(1, 2))
+
+
+def _passes(report: Report) -> str:
+    """The price after each pass, as a share of that before the first one, and the figures."""
+    found: list[str] = []
+    for each in report.facts.passes:
+        found += [f'<h3 class="mono">{html.escape(each["pass"])}</h3>', _deltas(each["figures"])]
+        found.append(_table(COLUMNS, price_rows(each["figures"])))
+        found += [f'<p class="note">Note: {html.escape(note)}.</p>' for note in each["notes"]]
+    return "".join(found)
 
 
 def _parameters(report: Report) -> str:
@@ -201,6 +214,28 @@ def _memory(report: Report) -> str:
     most = max(sum(sizes.values()), limit or 0)
     mark = None if limit is None else (float(limit), f"{bytes_text(limit)} there are")
     return _stacked(parts, most * 1.02, "memory of a device by kind", mark)
+
+
+def _deltas(figures: Pairs) -> str:
+    """Bars of what a pass left of each figure: all of it reaches to the line."""
+    rows = [
+        (label, after / before, change)
+        for (name, (before, after)), (label, _, _, change, _) in zip(figures.items(), price_rows(figures), strict=True)
+        if name not in MEASURED and before and after is not None
+    ]
+    if not rows:
+        return ""
+    scale = (_WIDTH - 330) / max(1.0, *(share for _, share, _ in rows))
+    drawn: list[str] = []
+    for place, (label, share, change) in enumerate(rows):
+        y = 6 + place * 22
+        colour = COLOURS["outputs"] if share < 1 else COLOURS["all-reduce"] if share > 1 else COLOURS["other arguments"]
+        drawn.append(_text(212, y + 13, label, anchor="end"))
+        drawn.append(f'<rect x="220" y="{y}" width="{max(share * scale, 0.5):.2f}" height="16" fill="{colour}"/>')
+        drawn.append(_text(220 + share * scale + 6, y + 13, change, quiet=True))
+    x, bottom = 220 + scale, 6 + len(rows) * 22
+    drawn.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{bottom}" class="edge" stroke-dasharray="4 3"/>')
+    return _svg(bottom + 4, drawn, "what the pass left of each figure")
 
 
 def _collectives(report: Report) -> str:

@@ -236,6 +236,7 @@ def _json(report: Report) -> dict[str, Any]:
             },
             "compiled": {**made, "needed": report.peak_bytes} if memory else {},
         },
+        "passes": {"predicted": [dict(each) for each in facts.passes]},
         "largest_parameters": [
             {"path": path, "format": form, "shape": list(shape), "spec": spec, "bytes": size}
             for path, form, shape, spec, size in facts.largest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compax.experiments.console import Console, amount
 from compax.experiments.plan_report import PUE, Report
+from compax.price import COLUMNS, price_rows
 from compax.printing import bytes_text, count_text, flops_text
 from compax.tpu.topology import mesh_text
 
@@ -26,6 +27,10 @@ def show(report: Report, console: Console) -> None:
     if report.fits:
         console.table("one step", ("", "predicted", "compiled"), step_rows(report))
         console.table(f"training on {amount(report.tokens)} tokens (predicted)", ("", ""), training_rows(report))
+    for each in report.facts.passes:
+        console.table(f"price of {each['pass']} (all devices)", COLUMNS, price_rows(each["figures"]))
+        for note in each["notes"]:
+            console.say(f"  note: {note}")
     for note in notes(report):
         console.say(f"note: {note}")
     seconds = report.compiled.seconds
