@@ -5,7 +5,7 @@ shapes and graphs, but for the loss and the loyalty, which are measured by runni
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,9 +24,10 @@ from compax.contracts import Observation
 from compax.encoding import leaf_nbytes
 from compax.errors import CompaxError
 from compax.instruments import Instrument, Measured, Step, comparable, computes_the_same, observe, with_equal_draws
+from compax.printing import figure_text
 from compax.program import Program
 from compax.target import Target
-from compax.transform import Context, Inputs, Pass
+from compax.transform import Context, Inputs, Pass, PassRecord
 
 PREDICTED = (
     "forward_flops",
@@ -218,7 +219,7 @@ class Price(Instrument):
 
     def _priced(self, program: Program, context: Context) -> Priced:
         entry = None if context.inputs is None else context.inputs.entry
-        if self._last is None or not computes_the_same(self._last[0], program) or self._last[1] != entry:
+        if self._last is None or not _costs_the_same(self._last[0], program) or self._last[1] != entry:
             self._last = program, entry, priced(program, self.target, entry, self._slots)
         return self._last[2]
 
@@ -230,16 +231,16 @@ class Price(Instrument):
         old = self._last[2]
         new = self._priced(step.program, step.context)
         found: dict[str, Any] = {}
-        reasons: dict[str, list[str]] = {}
+        reasons: dict[str, dict[str, None]] = {}
         for name in PREDICTED:
             if name in old.figures or name in new.figures:
                 found[name] = old.figures.get(name), new.figures.get(name)
             for side in (old, new):
-                if name in side.missing and name not in reasons.get(side.missing[name], []):
-                    reasons.setdefault(side.missing[name], []).append(name)
+                if name in side.missing:
+                    reasons.setdefault(side.missing[name], {})[LABELS[name].removesuffix(", at least")] = None
         measured = self._fidelity(step)
         if isinstance(measured, str):
-            reasons.setdefault(measured, []).append("fidelity")
+            reasons.setdefault(measured, {})["fidelity"] = None
         else:
             found |= measured
         return Measured(found, tuple(f"no {', '.join(names)}: {why}" for why, names in reasons.items()))
@@ -268,9 +269,74 @@ class Price(Instrument):
         }
 
 
+def _costs_the_same(one: Program, other: Program) -> bool:
+    """Whether two programs are the same also in where they live and what is trained."""
+    return computes_the_same(one, other) and one.placement is other.placement and one.frozen == other.frozen
+
+
 def _logits(observed: Observation) -> jax.Array | None:
     """The first output, if it can be logits: floating, with several labels in the last dimension."""
     first = next((leaf for name, leaf in observed.leaves.items() if name.startswith("output")), None)
     if first is None or first.ndim < 1 or first.shape[-1] < 2 or not jnp.issubdtype(first.dtype, np.inexact):
         return None
     return jnp.asarray(first, jnp.float32)
+
+
+# -- As text ----------------------------------------------------------------------------------------------------------
+
+LABELS: Mapping[str, str] = {
+    "parameters": "parameters",
+    "stored_bytes": "parameters as stored",
+    "forward_flops": "work of a call",
+    "step_flops": "work of a train step",
+    "peak_bytes": "memory at the peak",
+    "collective_bytes": "collectives of a device",
+    "forward_seconds": "time of a call, at least",
+    "step_seconds": "time of a train step, at least",
+    "collective_seconds": "time of collectives",
+    "loss": "loss",
+    "label_loyalty": "label loyalty",
+    "probability_loyalty": "probability loyalty",
+}
+"""What the figures are called."""
+
+COLUMNS = ("", "before", "after", "change", "")
+"""The columns of `price_rows`."""
+
+Pairs = Mapping[str, Sequence[float | None]]
+
+
+def price_pairs(record: PassRecord) -> dict[str, tuple[float | None, float | None]]:
+    """What a program cost before and after a pass, by name: what `Price` recorded, and the size of the parameters."""
+    found: dict[str, tuple[float | None, float | None]] = {
+        "parameters": (record.before.parameters, record.after.parameters),
+        "stored_bytes": (record.before.nbytes, record.after.nbytes),
+    }
+    return found | {name: record.metrics[name] for name in LABELS if name in record.metrics}
+
+
+def price_json(record: PassRecord) -> dict[str, Any]:
+    """What a pass changed of the price, as JSON: `pass`, `figures` ({name: [before, after]}) and `notes`."""
+    figures = {name: list(pair) for name, pair in price_pairs(record).items()}
+    return {"pass": record.text, "figures": figures, "notes": list(record.notes)}
+
+
+def price_rows(pairs: Pairs) -> list[tuple[str, str, str, str, str]]:
+    """The rows of a table: what, before, after, the change, and whether it is predicted or measured."""
+    return [
+        (
+            LABELS[name],
+            *(f"{each:,}" if name == "parameters" else figure_text(name, each) for each in (before, after)),
+            _change(before, after),
+            "measured" if name in MEASURED else "predicted",
+        )
+        for name, (before, after) in pairs.items()
+    ]
+
+
+def _change(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return "unknown"
+    if before == after:
+        return "none"
+    return f"{100 * (after / before - 1):+.3g} %" if before else "new"

@@ -13,6 +13,8 @@ The report as JSON (`--json=FILE`); bytes, FLOPs and seconds are of one device, 
     memory           limit: bytes that a program can have, or null
                      predicted: {parameters, optimizer, state, batch, arguments}
                      compiled: {arguments, outputs, temporaries, code, peak, host, needed}, empty if it does not fit
+    passes           predicted: [{pass, figures {name: [before, after]}, notes}]: what each pass changed, all devices
+                     together but for collectives and seconds; null is unknown, and a note says why
     largest_parameters   [{path, format, shape, spec, bytes}]
     buffers          [{bytes, shape, name, op_name, count}]: the largest, compiled
     flops            predicted: {model}, all devices together; compiled: {device: {dtype: FLOPs}, unknown_loops}

@@ -24,8 +24,10 @@ from compax.experiments.optimizer import optimizer
 from compax.experiments.plan_predict import Prediction, predict
 from compax.experiments.shardings import StepSpecs
 from compax.experiments.step import TrainState, make_step
+from compax.instruments import Journal
 from compax.passes.shard.rules import spec_text
 from compax.placement import axes_of
+from compax.price import Price, price_json
 from compax.target import Target
 from compax.tpu.worker import Built
 
@@ -53,6 +55,8 @@ class Facts:
         largest: the largest parameters: path, format, shape, spec, bytes on one device.
         exchanged: bytes of collectives that the shardings ask for at least, by kind: `compax.analysis.exchange`.
         prediction: what the train step takes; none for the loss alone.
+        passes: what each pass of the pipeline changed of the price, all devices together: its text as `pass`, pairs of
+            before and after as `figures`, and `notes`.
     """
 
     entry: str
@@ -69,6 +73,7 @@ class Facts:
     largest: tuple[tuple[str, str, tuple[int, ...], str, int], ...]
     exchanged: Mapping[str, int]
     prediction: Prediction | None = None
+    passes: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Facts:
@@ -94,7 +99,9 @@ def build(mesh: Mesh, arguments: Mapping[str, Any]) -> Built:
     """
     config = configs.from_json(arguments["config"], where="the config")
     vocabulary = config.tokenizer.vocabulary
-    program = programs.build_program(config, vocabulary, abstract=True, target=Target.parse(arguments["target"]))
+    target, journal = Target.parse(arguments["target"]), Journal()
+    watching = (Price(target), journal)
+    program = programs.build_program(config, vocabulary, abstract=True, target=target, instruments=watching)
     axes = dict(mesh.shape)
     specs = shardings.step_specs(config, program, axes)
     tokens_spec = shardings.batch_spec(specs.batch, axes, programs.micro_batch(config))
@@ -105,6 +112,7 @@ def build(mesh: Mesh, arguments: Mapping[str, Any]) -> Built:
     else:
         traced, placed = _train(mesh, config, program, specs, tokens)
     facts = _facts(config, program, specs, mesh, placed, tokens, forward=arguments["forward"])
+    facts = dataclasses.replace(facts, passes=tuple(map(price_json, journal.records)))
     if not arguments["forward"]:
         prediction = predict(config, program, specs, axes, Target.parse(arguments["target"]))
         facts = dataclasses.replace(facts, prediction=prediction)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from compax.experiments import plan_pictures, plan_text
 from compax.experiments.plan_report import Report
-from compax.printing import bytes_text, flops_text
+from compax.price import COLUMNS, price_rows
+from compax.printing import bytes_text
 
 if TYPE_CHECKING:
     from compax.experiments.sweep import Point
@@ -23,9 +23,9 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem
   background: var(--page); }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .6rem 0; font-size: .92rem; }
-th, td { padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: baseline; }
 td { font-variant-numeric: tabular-nums; white-space: pre; }
-td.wide { white-space: normal; overflow-wrap: anywhere; } .mono { font: .85rem ui-monospace, monospace; }
+td.wide { white-space: normal; overflow-wrap: anywhere; } .mono { font-family: ui-monospace, monospace; font-size: .85rem; }
 svg { max-width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: var(--text); }
 svg .quiet { fill: var(--quiet); } svg .plot { fill: var(--plot); } svg .grid { stroke: var(--line); }
 svg .stroke { stroke: var(--text); fill: none; } svg .limit { stroke: var(--no); } svg .front { stroke: var(--yes); fill: none; }
@@ -79,6 +79,8 @@ def _report(report: Report, *, heading: str, brief: bool) -> list[str]:
         parts.append(_table(("", "predicted", "compiled"), plan_text.step_rows(report)))
         parts += ["<h2>Roofline (predicted peaks, compiled work)</h2>", plan_pictures.roofline(report)]
         parts += ["<h2>Training (predicted)</h2>", _table(("", ""), plan_text.training_rows(report))]
+    if report.facts.passes:
+        parts += ["<h2>What each pass changed (predicted, all devices)</h2>", _passes(report)]
     parts += ["<h2>Where the chip's figures are from</h2>", _sources(report)]
     return parts
 
@@ -111,11 +113,7 @@ def _table(
 
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{kind(place)}>{html.escape(cell)}</td>" for place, cell in enumerate(row)
-        )
-        + "</tr>"
+        "<tr>" + "".join(f"<td{kind(place)}>{html.escape(cell)}</td>" for place, cell in enumerate(row)) + "</tr>"
         for row in rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -124,6 +122,16 @@ def _table(
 def _buffers(report: Report) -> str:
     rows = [(bytes_text(each.bytes), each.shape, each.op_name or each.name) for each in report.compiled.buffers]
     return _table(("size", "shape", "operation"), rows, mono=(1, 2), wide=(2,))
+
+
+def _passes(report: Report) -> str:
+    """The price after each pass, as a share of that before the first one, and the figures."""
+    found: list[str] = []
+    for each in report.facts.passes:
+        found += [f'<h3 class="mono">{html.escape(each["pass"])}</h3>', plan_pictures.deltas(each["figures"])]
+        found.append(_table(COLUMNS, price_rows(each["figures"])))
+        found += [f'<p class="note">Note: {html.escape(note)}.</p>' for note in each["notes"]]
+    return "".join(found)
 
 
 def _parameters(report: Report) -> str:
@@ -135,7 +143,9 @@ def _parameters(report: Report) -> str:
 
 def _sources(report: Report) -> str:
     chip = report.target.chip
-    return _table((chip.name, ""), [(name.replace("_", " "), source) for name, source in chip.sources.items()], wide=(1,))
+    return _table(
+        (chip.name, ""), [(name.replace("_", " "), source) for name, source in chip.sources.items()], wide=(1,)
+    )
 
 
 def _sweep_table(points: Sequence[Point]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from compax.experiments import plan_text
 from compax.experiments.plan_predict import PHASES, Prediction
 from compax.experiments.plan_report import Report
+from compax.price import MEASURED, Pairs, price_rows
 from compax.printing import bytes_text, flops_text
 
 if TYPE_CHECKING:
@@ -149,6 +150,28 @@ def timeline(report: Report, prediction: Prediction) -> str:
         place += len(kind) * 6.6 + 40
     drawn.append(_text(right, bottom + 24, "in the order of the computation", anchor="end", quiet=True))
     return _svg(bottom + 36, drawn, "memory over the step")
+
+
+def deltas(figures: Pairs) -> str:
+    """Bars of what a pass left of each figure: all of it reaches to the line."""
+    rows = [
+        (label, after / before, change)
+        for (name, (before, after)), (label, _, _, change, _) in zip(figures.items(), price_rows(figures), strict=True)
+        if name not in MEASURED and before and after is not None
+    ]
+    if not rows:
+        return ""
+    scale = (_WIDTH - 330) / max(1.0, *(share for _, share, _ in rows))
+    drawn: list[str] = []
+    for place, (label, share, change) in enumerate(rows):
+        y = 6 + place * 22
+        colour = COLOURS["outputs"] if share < 1 else COLOURS["all-reduce"] if share > 1 else COLOURS["other arguments"]
+        drawn.append(_text(212, y + 13, label, anchor="end"))
+        drawn.append(f'<rect x="220" y="{y}" width="{max(share * scale, 0.5):.2f}" height="16" fill="{colour}"/>')
+        drawn.append(_text(220 + share * scale + 6, y + 13, change, quiet=True))
+    x, bottom = 220 + scale, 6 + len(rows) * 22
+    drawn.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{bottom}" class="stroke" stroke-dasharray="4 3"/>')
+    return _svg(bottom + 4, drawn, "what the pass left of each figure")
 
 
 def collectives(report: Report) -> str:

@@ -16,7 +16,7 @@ import jax
 
 import compax
 from compax.analysis.cost import Cost, function_cost
-from compax.analysis.liveness import Alive, Liveness, liveness
+from compax.analysis.liveness import Alive, liveness
 from compax.analysis.program_cost import owner_names, owner_of, traced_cost
 from compax.analysis.tracing import Place
 from compax.analysis.training import Optimizer, train_step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compax.experiments.console import Console, amount
 from compax.experiments.plan_report import PUE, Report
+from compax.price import COLUMNS, price_rows
 from compax.printing import bytes_text, count_text, flops_text
 from compax.tpu.topology import mesh_text
 
@@ -29,6 +30,10 @@ def show(report: Report, console: Console) -> None:
     if report.fits:
         console.table("one step", ("", "predicted", "compiled"), step_rows(report))
         console.table(f"training on {amount(report.tokens)} tokens (predicted)", ("", ""), training_rows(report))
+    for each in report.facts.passes:
+        console.table(f"price of {each['pass']} (all devices)", COLUMNS, price_rows(each["figures"]))
+        for note in each["notes"]:
+            console.say(f"  note: {note}")
     for note in notes(report):
         console.say(f"note: {note}")
     seconds = report.compiled.seconds
@@ -69,7 +74,7 @@ def notes(report: Report) -> list[str]:
         beside = " and the whole update" if update else ""
         found.append(
             f"a device computes {done / (share + update):.1f} times its share of the model's products{beside} "
-            "(compiled): recomputation is a third at most, so batch or parameters are not split as they were meant to be"
+            "(compiled): recomputation is a third at most, so batch or parameters are not split as was meant"
         )
     for kind, total in report.totals.items():
         asked = report.facts.exchanged.get(kind, 0)
@@ -179,7 +184,7 @@ def step_rows(report: Report) -> list[tuple[str, str, str]]:
     if prediction is not None:
         rows += [(f"  {phase}", flops_text(done), "") for phase, done in prediction.product_flops.items()]
     traffic = "" if prediction is None else bytes_text(prediction.traffic)
-    graph = "" if prediction is None else seconds_text(prediction.seconds)
+    graph = "" if report.graph_seconds is None else seconds_text(report.graph_seconds)
     rows += [
         ("bytes to and from memory, a device", traffic, bytes_text(report.compiled.traffic)),
         ("time by the graph, kernel by kernel", graph, ""),
