@@ -23,12 +23,15 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem
   background: var(--page); }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .6rem 0; font-size: .92rem; }
-th, td { padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: baseline; }
+th, td { padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px solid var(--line);
+  vertical-align: baseline; }
 td { font-variant-numeric: tabular-nums; white-space: pre; }
-td.wide { white-space: normal; overflow-wrap: anywhere; } .mono { font-family: ui-monospace, monospace; font-size: .85rem; }
+td.wide { white-space: normal; overflow-wrap: anywhere; }
+.mono { font-family: ui-monospace, monospace; font-size: .85rem; }
 svg { max-width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: var(--text); }
 svg .quiet { fill: var(--quiet); } svg .plot { fill: var(--plot); } svg .grid { stroke: var(--line); }
-svg .stroke { stroke: var(--text); fill: none; } svg .limit { stroke: var(--no); } svg .front { stroke: var(--yes); fill: none; }
+svg .stroke { stroke: var(--text); fill: none; } svg .limit { stroke: var(--no); }
+svg .front { stroke: var(--yes); fill: none; }
 .yes { color: var(--yes); } .no { color: var(--no); } .note { color: var(--quiet); }
 """
 
