@@ -7,13 +7,14 @@ The report as JSON (`--json=FILE`); bytes, FLOPs and seconds are of one device, 
     fits             bool
     shortage         null, or {message, needed, limit}: the compiler's complaint
     memory           limit: bytes that a program can have, or null
-                     predicted: {parameters, optimizer, state, batch, arguments}
+                     predicted: {parameters, optimizer, state, batch, arguments, over_step: {timeline, peak, alive}}
                      compiled: {arguments, outputs, temporaries, code, peak, host, needed}, empty if it does not fit
     passes           predicted: [{pass, figures {name: [before, after]}, notes}]: what each pass changed, all devices
                      together but for collectives and seconds; null is unknown, and a note says why
     largest_parameters   [{path, format, shape, spec, bytes}]
     buffers          [{bytes, shape, name, op_name, count}]: the largest, compiled
-    flops            predicted: {model}, all devices together; compiled: {device: {dtype: FLOPs}, unknown_loops}
+    flops            predicted: {model: of all devices together, update: the optimizer's on one device}
+                     compiled: {device: {dtype: FLOPs}, unknown_loops}
     traffic          compiled: bytes between a device and its memory
     collectives      predicted: {bytes: {kind: bytes}}, what the shardings ask for at least
                      compiled: {kind: {count, bytes, wire_bytes, hidden_bytes, predicted_seconds}}

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import compax
+from compax.analysis.cost import function_cost
 from compax.analysis.exchange import exchanged
-from compax.encoding import format_of
+from compax.encoding import format_of, leaf_nbytes
 from compax.experiments import config as configs
 from compax.experiments import programs, shardings
 from compax.experiments.config import Config
 from compax.experiments.optimizer import optimizer
+from compax.experiments.plan_memory import over_step
 from compax.experiments.shardings import StepSpecs
 from compax.experiments.step import TrainState, make_step
 from compax.instruments import Journal
@@ -45,6 +47,8 @@ class Facts:
         tokens: that one step reads.
         model_flops: of the matrix products of one step on all devices, without recomputation: three times those of
             the forward pass, less what frozen parameters spare.
+        update_flops: of the matrix products of the optimizer's update on one device, as Muon needs them; not in
+            `model_flops`. A device that keeps a share of the optimizer's state computes that share.
         parameter_bytes: on one device, as stored, without the padding of layouts; so are the next ones.
         optimizer_bytes: the optimizer's state.
         state_bytes: what else a step changes: random counters, statistics, step counts.
@@ -57,6 +61,7 @@ class Facts:
             gradients scattered once.
         passes: what each pass of the pipeline changed of the price, all devices together: its text as `pass`, pairs of
             before and after as `figures`, and `notes`.
+        over_step: memory of one device over a train step, see `plan_memory.over_step`; empty for the loss alone.
     """
 
     entry: str
@@ -73,6 +78,8 @@ class Facts:
     largest: tuple[tuple[str, str, tuple[int, ...], str, int], ...]
     exchanged: Mapping[str, int]
     passes: tuple[Mapping[str, Any], ...] = ()
+    over_step: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    update_flops: float = 0.0
 
     @property
     def argument_bytes(self) -> int:
@@ -105,6 +112,19 @@ def build(mesh: Mesh, arguments: Mapping[str, Any]) -> Built:
     else:
         traced, placed = _train(mesh, config, program, specs, tokens)
     facts = _facts(config, program, specs, mesh, placed, tokens, forward=arguments["forward"])
+    if not arguments["forward"]:
+        shards = math.prod(axes[name] for name in specs.batch)
+        facts = dataclasses.replace(
+            facts,
+            over_step=over_step(
+                program,
+                max(programs.micro_batch(config) // shards, 1),
+                config.data.sequence_length + 1,
+                target.chip.platform,
+                facts.parameter_bytes + facts.optimizer_bytes,
+                facts.gradient_bytes if config.optimizer.accumulation > 1 else 0,
+            ),
+        )
     facts = dataclasses.replace(facts, passes=tuple(map(price_json, journal.records)))
     return Built(traced, dataclasses.asdict(facts))
 
@@ -206,6 +226,7 @@ def _facts(
             (path, format_of(whole[path]), tuple(whole[path].shape), spec_text(specs.params[path]), sizes[path])
             for path in sorted(sizes, key=lambda path: -sizes[path])[:_LARGEST]
         ),
+        update_flops=0.0 if forward else _update_flops(config, state, optimizer_bytes),
         exchanged=exchanged(
             trained_sizes,
             specs.params,
@@ -216,6 +237,13 @@ def _facts(
             parts=parts,
         ),
     )
+
+
+def _update_flops(config: Config, state: TrainState, device_bytes: int) -> float:
+    """Floating-point operations of products in the optimizer's update, on one device."""
+    whole = sum(map(leaf_nbytes, jax.tree.leaves(state.optimizer)))
+    cost = function_cost(optimizer(config).update, state.params, state.optimizer, state.params)
+    return cost.product_flops * device_bytes / whole if whole else float(cost.product_flops)
 
 
 def _split_bytes(state: TrainState, batch: tuple[str, ...], mesh: Mesh) -> int:

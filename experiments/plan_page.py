@@ -41,7 +41,14 @@ table { border-collapse: collapse; margin: .6rem 0; font-size: .92rem; }
 th, td { padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px solid #e3e6ec; vertical-align: top; }
 td + td { font-variant-numeric: tabular-nums; } .mono { font-family: ui-monospace, monospace; font-size: .85rem; }
 svg { max-width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: #1d2129; }
-svg .quiet { fill: #6a7180; } svg .edge { stroke: #1d2129; } .yes { color: #1d7a46; } .no { color: #b3261e; } .note { color: #6a7180; }
+svg .quiet { fill: #6a7180; } svg .edge { stroke: #1d2129; }
+svg .ground { fill: #f7f8fa; } svg .grid { stroke: #e3e6ec; } :root { color-scheme: light dark; }
+.yes { color: #1d7a46; } .no { color: #b3261e; } .note { color: #6a7180; }
+@media (prefers-color-scheme: dark) {
+  body { background: #15181d; color: #e4e7ec; } th, td { border-color: #353b45; } svg text { fill: #e4e7ec; }
+  svg .quiet, .note { fill: #9aa3b2; color: #9aa3b2; } svg .edge { stroke: #e4e7ec; }
+  svg .ground { fill: #1e232b; } svg .grid { stroke: #353b45; } .yes { color: #5fce91; } .no { color: #ff8a80; }
+}
 """
 _WIDTH = 900
 
@@ -76,6 +83,9 @@ def _report(report: Report, *, heading: str, brief: bool) -> list[str]:
     if brief:
         return parts
     parts.append(_table(("", "predicted", "compiled"), plan_text.memory_rows(report)))
+    if report.facts.over_step.get("timeline"):
+        parts += ["<h2>Memory over the step (predicted from the graph)</h2>", _over_step(report)]
+        parts.append(_table(("size", "at the peak: site (phase)"), plan_text.alive_rows(report), mono=(1,)))
     if report.compiled.buffers:
         parts += ["<h2>Largest buffers (compiled)</h2>", _buffers(report)]
     parts += ["<h2>Largest parameters (predicted)</h2>", _parameters(report)]
@@ -216,6 +226,44 @@ def _memory(report: Report) -> str:
     return _stacked(parts, most * 1.02, "memory of a device by kind", mark)
 
 
+def _over_step(report: Report) -> str:
+    """Memory of a device while the step runs, beside what the compiler says and what there is."""
+    points: list[int] = report.facts.over_step["timeline"]
+    lines = [
+        (float(size), f"{what}: {bytes_text(size)}", colour)
+        for size, what, colour in (
+            (report.peak_bytes, "needed (compiled)", "#e4708a"),
+            (report.limit_bytes, "there are", "#b3261e"),
+        )
+        if size is not None
+    ]
+    left, right, top, bottom = 90.0, _WIDTH - 20.0, 24.0, 260.0
+    most = max(max(points), *(size for size, _, _ in lines), 1.0) * 1.08
+
+    def y(value: float) -> float:
+        return bottom - value / most * (bottom - top)
+
+    drawn = [f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" class="ground"/>']
+    marks = [most * part / 5 for part in range(6)]
+    drawn += [_text(left - 8, y(mark) + 4, bytes_text(mark), anchor="end", quiet=True) for mark in marks]
+    step = (right - left) / max(len(points) - 1, 1)
+    path = " ".join(f"{left + place * step:.1f},{y(size):.1f}" for place, size in enumerate(points))
+    colour = COLOURS["parameters"]
+    drawn.append(
+        f'<polygon points="{left},{bottom} {path} {right},{bottom}" fill="{colour}" fill-opacity=".35" '
+        f'stroke="{colour}"/>'
+    )
+    # Labels at opposite ends, so that lines that are close do not write over each other.
+    for place, (size, words, stroke) in enumerate(lines):
+        drawn.append(f'<line x1="{left}" x2="{right}" y1="{y(size):.1f}" y2="{y(size):.1f}" stroke="{stroke}"/>')
+        end = ("end", right - 6) if place else ("start", left + 6)
+        drawn.append(_text(end[1], y(size) - 5, words, anchor=end[0]))
+    drawn.append(
+        _text((left + right) / 2, bottom + 18, "operations of the step, in order", anchor="middle", quiet=True)
+    )
+    return _svg(bottom + 28, drawn, "memory over the step")
+
+
 def _deltas(figures: Pairs) -> str:
     """Bars of what a pass left of each figure: all of it reaches to the line."""
     rows = [
@@ -265,7 +313,7 @@ def _times(report: Report) -> str:
         )
         drawn.append(_text(x + seconds * scale + 6, y + 14, plan_text.seconds_text(seconds), quiet=True))
     x = 130 + times.step * scale
-    drawn.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="134" stroke="#1d2129" stroke-dasharray="4 3"/>')
+    drawn.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="134" class="edge" stroke-dasharray="4 3"/>')
     drawn.append(_text(x, 150, f"step: {plan_text.seconds_text(times.step)}", anchor="end"))
     return _svg(160, drawn, "where the time of a step goes")
 
@@ -290,17 +338,17 @@ def _roofline(report: Report) -> str:
     def y(value: float) -> float:
         return bottom - (math.log10(value) - floor) / (ceiling - floor) * (bottom - top)
 
-    drawn = [f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" fill="#f7f8fa"/>']
+    drawn = [f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" class="ground"/>']
     for power in range(low, high + 1):
         place = x(10.0**power)
-        drawn.append(f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{top}" y2="{bottom}" stroke="#e3e6ec"/>')
+        drawn.append(f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{top}" y2="{bottom}" class="grid"/>')
         drawn.append(_text(place, bottom + 18, f"{10.0**power:g}", anchor="middle", quiet=True))
     for power in range(math.ceil(floor), math.floor(ceiling) + 1):
         place = y(10.0**power)
-        drawn.append(f'<line x1="{left}" x2="{right}" y1="{place:.1f}" y2="{place:.1f}" stroke="#e3e6ec"/>')
+        drawn.append(f'<line x1="{left}" x2="{right}" y1="{place:.1f}" y2="{place:.1f}" class="grid"/>')
         drawn.append(_text(left - 8, place + 4, f"{flops_text(10.0**power)}/s", anchor="end", quiet=True))
     drawn.append(
-        f'<polyline fill="none" stroke="#1d2129" stroke-width="2" points="{x(10.0**low):.1f},{y(10.0**floor):.1f} '
+        f'<polyline fill="none" class="edge" stroke-width="2" points="{x(10.0**low):.1f},{y(10.0**floor):.1f} '
         f'{x(ridge):.1f},{y(peak):.1f} {right:.1f},{y(peak):.1f}"/>'
     )
     reached = min(peak, intensity * bandwidth)
@@ -335,7 +383,7 @@ def _pareto(points: Sequence[Point]) -> str:
     def y(value: float) -> float:
         return bottom - value / most[1] * (bottom - top)
 
-    drawn = [f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" fill="#f7f8fa"/>']
+    drawn = [f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" class="ground"/>']
     for part in range(6):
         size, seconds = most[0] * part / 5, most[1] * part / 5
         drawn.append(_text(x(size), bottom + 18, bytes_text(size), anchor="middle", quiet=True))

@@ -233,6 +233,7 @@ def _json(report: Report) -> dict[str, Any]:
                 "state": facts.state_bytes,
                 "batch": facts.batch_bytes,
                 "arguments": facts.argument_bytes,
+                "over_step": dict(facts.over_step),
             },
             "compiled": {**made, "needed": report.peak_bytes} if memory else {},
         },
@@ -243,7 +244,7 @@ def _json(report: Report) -> dict[str, Any]:
         ],
         "buffers": [dataclasses.asdict(buffer) for buffer in compiled.buffers],
         "flops": {
-            "predicted": {"model": facts.model_flops},
+            "predicted": {"model": facts.model_flops, "update": facts.update_flops},
             "compiled": {"device": dict(compiled.flops), "unknown_loops": list(compiled.unknown_loops)},
         },
         "traffic": {"compiled": compiled.traffic},

@@ -19,6 +19,10 @@ def show(report: Report, console: Console) -> None:
     for line in head(report):
         console.say(line, style="bold")
     console.table("memory of a device", ("", "predicted", "compiled"), memory_rows(report))
+    if report.facts.over_step.get("alive"):
+        console.table("what makes the peak, by site (predicted)", ("size", "site (phase)"), alive_rows(report))
+    if reason := report.facts.over_step.get("missing"):
+        console.say(f"note: no memory over the step: {reason}")
     if report.compiled.buffers:
         console.table("largest buffers (compiled)", ("size", "shape", "operation"), buffer_rows(report))
     if report.totals:
@@ -59,10 +63,13 @@ def head(report: Report) -> list[str]:
 def notes(report: Report) -> list[str]:
     """What is far from what the shardings ask for."""
     found: list[str] = []
-    done, share = sum(report.compiled.flops.values()), report.facts.model_flops / report.devices
+    done, share = (
+        sum(report.compiled.flops.values()),
+        report.facts.model_flops / report.devices + report.facts.update_flops,
+    )
     if done > _MUCH_WORK * share > 0:
         found.append(
-            f"a device computes {done / share:.1f} times its share of the model's products (compiled): recomputation "
+            f"a device computes {done / share:.1f} times its share of the products (compiled): recomputation "
             "is a third at most, so batch or parameters are not split as they were meant to be"
         )
     for kind, total in report.totals.items():
@@ -100,6 +107,12 @@ def memory_rows(report: Report) -> list[tuple[str, str, str]]:
         ("other state and the batch", bytes_text(facts.state_bytes + facts.batch_bytes), ""),
         ("arguments together", bytes_text(facts.argument_bytes), bytes_text(memory.arguments) if memory else ""),
     ]
+    if "peak" in facts.over_step:
+        between = facts.over_step["peak"] - facts.argument_bytes
+        rows += [
+            ("activations, gradients, other temporaries", bytes_text(between), ""),
+            ("peak of the graph", bytes_text(facts.over_step["peak"]), ""),
+        ]
     if memory is not None:
         rows += [
             ("temporaries", "", bytes_text(memory.temporaries)),
@@ -112,6 +125,11 @@ def memory_rows(report: Report) -> list[tuple[str, str, str]]:
     if report.limit_bytes is not None:
         rows.append(("what a program can have", bytes_text(report.limit_bytes), ""))
     return rows
+
+
+def alive_rows(report: Report) -> list[tuple[str, str]]:
+    """What is in memory at the predicted peak besides the arguments, by site."""
+    return [(bytes_text(size), name) for name, size in report.facts.over_step.get("alive", ())]
 
 
 def buffer_rows(report: Report) -> list[tuple[str, str, str]]:
@@ -146,9 +164,11 @@ def step_rows(report: Report) -> list[tuple[str, str, str]]:
     assert times is not None
     devices = report.devices
     compiled = sum(report.compiled.flops.values())
+    device = facts.model_flops / devices + facts.update_flops
     return [
-        ("matrix products, all devices", flops_text(facts.model_flops), flops_text(compiled * devices)),
-        ("  of one device", flops_text(facts.model_flops / devices), flops_text(compiled)),
+        ("matrix products of the model, all devices", flops_text(facts.model_flops), ""),
+        ("  of the optimizer's update, each device", flops_text(facts.update_flops), ""),
+        ("  of one device, with the optimizer's", flops_text(device), flops_text(compiled)),
         ("bytes to and from memory, a device", "", bytes_text(report.compiled.traffic)),
         ("time to compute", seconds_text(times.compute), ""),
         ("time to move bytes", seconds_text(times.memory), ""),
