@@ -39,7 +39,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; margin: .6rem 0; font-size: .92rem; }
 th, td { padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px solid #e3e6ec; vertical-align: top; }
-td + td { font-variant-numeric: tabular-nums; } .mono { font-family: ui-monospace, monospace; font-size: .85rem; }
+td + td { font-variant-numeric: tabular-nums; } td:first-child { white-space: nowrap; }
+.mono { font-family: ui-monospace, monospace; font-size: .85rem; overflow-wrap: anywhere; }
 svg { max-width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: #1d2129; }
 svg .quiet { fill: #6a7180; } svg .edge { stroke: #1d2129; }
 svg .ground { fill: #f7f8fa; } svg .grid { stroke: #e3e6ec; } :root { color-scheme: light dark; }
@@ -63,8 +64,9 @@ def page(reports: Sequence[Report], points: Sequence[Point] = ()) -> str:
     parts: list[str] = []
     if points:
         parts += [f"<h1>{len(points)} plans</h1>", _pareto(points), _sweep_table(points)]
-    for report in reports:
-        parts += _report(report, heading="h1" if not points else "h2", brief=bool(points))
+    names = [f"{index + 1}. {point.label}" for index, point in enumerate(points) if point.report is not None]
+    for report, name in zip(reports, names or [""], strict=True):
+        parts += _report(report, name)
     title = html.escape(reports[0].name if reports else "plans")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: plan</title>'
@@ -72,14 +74,17 @@ def page(reports: Sequence[Report], points: Sequence[Point] = ()) -> str:
     )
 
 
-def _report(report: Report, *, heading: str, brief: bool) -> list[str]:
+def _report(report: Report, name: str) -> list[str]:
+    """One plan; in brief if it has a name within a sweep."""
+    brief, heading = bool(name), "h2" if name else "h1"
+    lower = "h3" if brief else "h2"
     lines = plan_text.head(report)
     fits = "yes" if report.fits else "no"
-    parts = [f"<{heading}>{html.escape(lines[0])}</{heading}>"]
+    parts = [f"<{heading}>{html.escape(f'{name}: {lines[0]}' if name else lines[0])}</{heading}>"]
     parts += [f"<p>{html.escape(line)}</p>" for line in lines[1:-1]]
     parts.append(f'<p class="{fits}"><b>{html.escape(lines[-1])}</b></p>')
     parts += [f'<p class="note">Note: {html.escape(note)}.</p>' for note in plan_text.notes(report)]
-    parts += ["<h2>Memory of a device</h2>", _memory(report)]
+    parts += [f"<{lower}>Memory of a device</{lower}>", _memory(report)]
     if brief:
         return parts
     parts.append(_table(("", "predicted", "compiled"), plan_text.memory_rows(report)))
@@ -155,7 +160,7 @@ def _sweep_table(points: Sequence[Point]) -> str:
     rows: list[tuple[str, ...]] = []
     for index, point in enumerate(points):
         report = point.report
-        name = f"{'★ ' if index in front else ''}{point.label}"
+        name = f"{'★ ' if index in front else ''}{index + 1}. {point.label}"
         if report is None:
             rows.append((name, f"not valid: {point.error}", "", ""))
         elif (times := report.times) is None or (peak := report.peak_bytes) is None:
@@ -299,19 +304,21 @@ def _times(report: Report) -> str:
     rows = [
         ("compute", times.compute, 0.0),
         ("memory", times.memory, 0.0),
-        ("links that hide", times.hidden or 0.0, 0.0),
-        ("links that wait", times.waits or 0.0, times.step - (times.waits or 0.0)),
+        ("links that hide", times.hidden, 0.0),
+        ("links that wait", times.waits, times.step - (times.waits or 0.0)),
     ]
     scale = (_WIDTH - 260) / times.step if times.step else 0.0
     drawn: list[str] = []
-    for place, (kind, seconds, start) in enumerate(rows):
+    for place, (kind, known, start) in enumerate(rows):
         y = 12 + place * 30
+        words = plan_text.seconds_text(known)
+        seconds = known or 0.0
         x = 130 + start * scale
         drawn.append(_text(122, y + 14, kind, anchor="end"))
         drawn.append(
             f'<rect x="{x:.2f}" y="{y}" width="{max(seconds * scale, 0.5):.2f}" height="20" fill="{COLOURS[kind]}"/>'
         )
-        drawn.append(_text(x + seconds * scale + 6, y + 14, plan_text.seconds_text(seconds), quiet=True))
+        drawn.append(_text(x + seconds * scale + 6, y + 14, words, quiet=True))
     x = 130 + times.step * scale
     drawn.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="134" class="edge" stroke-dasharray="4 3"/>')
     drawn.append(_text(x, 150, f"step: {plan_text.seconds_text(times.step)}", anchor="end"))
@@ -400,8 +407,19 @@ def _pareto(points: Sequence[Point]) -> str:
             f'<circle cx="{x(size):.1f}" cy="{y(seconds):.1f}" r="6" fill="{colour}">'
             f"<title>{html.escape(point.label)}</title></circle>"
         )
-        anchor, shift = ("end", -10) if x(size) > (left + right) / 2 else ("start", 10)
-        drawn.append(_text(x(size) + shift, y(seconds) - 6, point.label, anchor=anchor))
-    words = "peak memory of a device (compiled), against device-seconds for a token (predicted): less is better"
+    taken: list[tuple[float, float]] = []
+    for index, _, (size, seconds) in found:
+        words = str(index + 1)
+        places = [(x(size) + 9 + 20 * out, y(seconds) + 4 + up) for out in range(len(found)) for up in (-14, 14, 0)]
+        # A number stands beside its point where no other number and no other point is.
+        others = [(x(a) - 6, y(b) + 4) for other, _, (a, b) in found if other != index]
+        free = (
+            place
+            for place in places
+            if all(abs(place[0] - a) > 9 * len(words) + 8 or abs(place[1] - b) > 12 for a, b in [*taken, *others])
+        )
+        taken.append(next(free, places[0]))
+        drawn.append(_text(*taken[-1], words))
+    words = "peak memory (compiled) against device-seconds for a token (predicted), numbered as in the table"
     drawn.append(_text(left, bottom + 40, words))
     return _svg(bottom + 50, drawn, "plans by memory and time")
