@@ -28,7 +28,7 @@ from compax.instruments import Journal
 from compax.passes.shard.rules import spec_text
 from compax.placement import axes_of
 from compax.price import Price, price_json
-from compax.target import Target
+from compax.target import Kind, Target
 from compax.tpu.worker import Built
 
 BUILDER = f"{__name__}:build"
@@ -71,7 +71,7 @@ class Facts:
     gradient_bytes: int
     optimizer_split_bytes: int
     largest: tuple[tuple[str, str, tuple[int, ...], str, int], ...]
-    exchanged: Mapping[str, int]
+    exchanged: Mapping[Kind, int]
     prediction: Prediction | None = None
     passes: tuple[Mapping[str, Any], ...] = ()
 
