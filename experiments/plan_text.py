@@ -204,10 +204,10 @@ def training_rows(report: Report) -> list[tuple[str, str]]:
     if economy is None:
         return []
     price = f"{chip.price_per_hour} a chip and hour"
-    power = f"chips at {chip.power_watts} W, building {PUE}"
+    power = f"{chip.power_watts} W a chip, PUE {PUE}"
     return [
         ("tokens a second", amount(economy.tokens_per_second)),
-        ("model FLOPs utilization (MFU), at most", f"{economy.mfu:.1%}"),
+        ("MFU (model FLOPs), at most", f"{economy.mfu:.1%}"),
         ("days", f"{economy.days:,.2f}"),
         ("US dollars", "no public price" if economy.money is None else f"{economy.money:,.0f} ({price})"),
         ("energy", "unknown" if economy.kwh is None else f"{economy.kwh:,.0f} kWh ({power})"),
