@@ -29,7 +29,7 @@ from compax.instruments import Journal
 from compax.passes.shard.rules import spec_text
 from compax.placement import axes_of
 from compax.price import Price, price_json
-from compax.target import Kind, Target
+from compax.target import Target
 from compax.tpu.worker import Built
 
 BUILDER = f"{__name__}:build"
@@ -76,7 +76,7 @@ class Facts:
     gradient_bytes: int
     optimizer_split_bytes: int
     largest: tuple[tuple[str, str, tuple[int, ...], str, int], ...]
-    exchanged: Mapping[Kind, int]
+    exchanged: Mapping[str, int]
     passes: tuple[Mapping[str, Any], ...] = ()
     over_step: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     update_flops: float = 0.0
@@ -227,15 +227,18 @@ def _facts(
             for path in sorted(sizes, key=lambda path: -sizes[path])[:_LARGEST]
         ),
         update_flops=0.0 if forward else _update_flops(config, state, optimizer_bytes),
-        exchanged=exchanged(
-            trained_sizes,
-            specs.params,
-            specs.batch,
-            mesh.shape,
-            gradients=specs.gradients,
-            optimizer=specs.optimizer,
-            parts=parts,
-        ),
+        exchanged={
+            str(kind): size
+            for kind, size in exchanged(
+                trained_sizes,
+                specs.params,
+                specs.batch,
+                mesh.shape,
+                gradients=specs.gradients,
+                optimizer=specs.optimizer,
+                parts=parts,
+            ).items()
+        },
     )
 
 

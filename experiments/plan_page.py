@@ -240,7 +240,8 @@ def _over_step(report: Report) -> str:
             (report.peak_bytes, "needed (compiled)", "#e4708a"),
             (report.limit_bytes, "there are", "#b3261e"),
         )
-        if size is not None
+        # A limit that is far away would flatten the picture.
+        if size is not None and size <= 3 * max(points)
     ]
     left, right, top, bottom = 90.0, _WIDTH - 20.0, 24.0, 260.0
     most = max(max(points), *(size for size, _, _ in lines), 1.0) * 1.08
