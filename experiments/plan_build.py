@@ -28,7 +28,7 @@ from compax.instruments import Journal
 from compax.passes.shard.rules import spec_text
 from compax.placement import axes_of
 from compax.price import Price, price_json
-from compax.target import Kind, Target
+from compax.target import Target
 from compax.tpu.worker import Built
 
 BUILDER = f"{__name__}:build"
@@ -71,7 +71,7 @@ class Facts:
     gradient_bytes: int
     optimizer_split_bytes: int
     largest: tuple[tuple[str, str, tuple[int, ...], str, int], ...]
-    exchanged: Mapping[Kind, int]
+    exchanged: Mapping[str, int]
     prediction: Prediction | None = None
     passes: tuple[Mapping[str, Any], ...] = ()
 
@@ -216,15 +216,18 @@ def _facts(
             (path, format_of(whole[path]), tuple(whole[path].shape), spec_text(specs.params[path]), sizes[path])
             for path in sorted(sizes, key=lambda path: -sizes[path])[:_LARGEST]
         ),
-        exchanged=exchanged(
-            trained_sizes,
-            specs.params,
-            specs.batch,
-            mesh.shape,
-            gradients=specs.gradients,
-            optimizer=specs.optimizer,
-            parts=parts,
-        ),
+        exchanged={
+            str(kind): size
+            for kind, size in exchanged(
+                trained_sizes,
+                specs.params,
+                specs.batch,
+                mesh.shape,
+                gradients=specs.gradients,
+                optimizer=specs.optimizer,
+                parts=parts,
+            ).items()
+        },
     )
 
 

@@ -49,8 +49,10 @@ def page(reports: Sequence[Report], points: Sequence[Point] = ()) -> str:
     parts: list[str] = []
     if points:
         parts += [f"<h1>{len(points)} plans</h1>", plan_pictures.pareto(points), _sweep_table(points)]
-    names = [f"{index + 1}. {point.label}" for index, point in enumerate(points) if point.report is not None]
-    for report, name in zip(reports, names or [""] * len(reports), strict=True):
+    named = [(report, "") for report in reports]
+    if points:
+        named = [(point.report, f"{index + 1}. {point.label}") for index, point in enumerate(points) if point.report]
+    for report, name in named:
         parts += _report(report, name)
     title = html.escape(reports[0].name if reports else "plans")
     return (
