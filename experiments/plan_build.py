@@ -78,8 +78,9 @@ class Facts:
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Facts:
         """Facts that went through JSON."""
-        given = found["prediction"]
-        return cls(**{**found, "prediction": None if given is None else Prediction.from_json(given)})
+        graph = found["prediction"]
+        given: dict[str, Any] = {**found, "prediction": None if graph is None else Prediction.from_json(graph)}
+        return cls(**given)
 
     @property
     def argument_bytes(self) -> int:

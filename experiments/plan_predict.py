@@ -92,7 +92,8 @@ class Prediction:
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Prediction:
         """A prediction that went through JSON."""
-        return cls(**{**found, "held": tuple(Held(**each) for each in found["held"])})
+        given: dict[str, Any] = {**found, "held": tuple(Held(**each) for each in found["held"])}
+        return cls(**given)
 
     @property
     def flops(self) -> int:
