@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import compax
 from compax.errors import ConfigError
@@ -70,6 +71,11 @@ def start(config: Config, program: compax.Program) -> tuple[TrainState, dict[str
         return made.optimizer
 
     moments = moments_of(trainable)
+    if isinstance(placement.mesh, Mesh):
+        # Counters come from no parameter, so nothing above says that they are on every device.
+        everywhere = NamedSharding(placement.mesh, PartitionSpec())
+        zero, state = jax.device_put((zero, state), everywhere)
+        moments = jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, everywhere), moments)
     if placement.optimizer_memory != DEVICE:
         moments = placed(moments, placement.optimizer_memory)
     trainable, frozen = placement.placed(trainable), placement.placed(frozen)
