@@ -93,6 +93,10 @@ class CompileError(CompaxError):
     """A program cannot be compiled for a slice: no compiler, a failing one, or one that was killed."""
 
 
+class NoCompilerError(CompileError):
+    """Nothing here compiles for a target; says what to install."""
+
+
 class CompilerBusyError(CompileError):
     """Another process of this machine has the compiler, which serves one at a time."""
 

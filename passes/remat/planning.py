@@ -264,6 +264,10 @@ class Plan:
     choice: Choice
     predicted: Liveness
 
+    def same(self, other: "Plan") -> bool:
+        """Whether both keep the same."""
+        return self.marks == other.marks and self.regions == other.regions
+
 
 class Planner:
     """Plans one graph of a program.
