@@ -169,7 +169,9 @@ def _devices(view: View, attention: Attention, spec: Spec, placement: Placement)
     ]
     # Where parameters are stored in more parts than they are used in, the others are those of the batch.
     split = set(placement.batch)
-    heads = tuple(name for name in found[0] if name not in split and all(name in axes for axes in found)) if found else ()
+    heads = (
+        tuple(name for name in found[0] if name not in split and all(name in axes for axes in found)) if found else ()
+    )
     shards = math.prod(mesh.shape[name] for name in heads)
     return Devices(mesh, batch, heads if not spec.heads[1] % shards else ())
 
