@@ -105,5 +105,13 @@ class MemoryLimitError(CompileError):
     """A program needs more memory than a chip of its target has."""
 
 
+class LaunchError(CompaxError, ValueError):
+    """What should be launched is malformed, or cannot be launched from here."""
+
+
+class DistributedError(CompaxError):
+    """Processes do not find each other, do not fit together, or one of them is gone."""
+
+
 class BudgetError(CompaxError):
     """A memory budget cannot be met; says what the least is, and what holds it up."""
