@@ -224,7 +224,9 @@ def allocated(row: Row, case: Case, target: str, hlo: str | None) -> int:
     if compiled.memory is None:
         assert compiled.shortage is not None
         if compiled.shortage.needed is None:
-            raise compax.errors.CompileError(f"{row.name} does not fit {target}, and the compiler does not say by how much")
+            raise compax.errors.CompileError(
+                f"{row.name} does not fit {target}, and the compiler does not say by how much"
+            )
         return compiled.shortage.needed
     return compiled.memory.arguments + compiled.memory.outputs + compiled.memory.temporaries
 
