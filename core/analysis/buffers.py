@@ -8,12 +8,15 @@ them, and computed again for each reader, unless that would read more than it sa
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compax import _jax
+from compax.analysis.library import CHEAP, COSTLY, PRODUCTS, AllPaths, Library, Node, fusible, with_broadcasts
 from compax.analysis.normal import CALLS
 from compax.ir import Graph, Literal, Op, Path, Value
 
@@ -23,48 +26,6 @@ RENAMING = frozenset(
 )
 """Operations whose result is their operand under another name."""
 
-CHEAP = frozenset(
-    {"add", "add_any", "sub", "mul", "neg", "max", "min", "abs", "sign", "floor", "ceil", "round", "and", "or", "not"}
-    | {"xor", "eq", "ne", "lt", "le", "gt", "ge", "select_n", "convert_element_type", "broadcast_in_dim", "iota", "rev"}
-    | {"transpose", "slice", "split", "pad", "concatenate", "clamp", "is_finite", "square", "integer_pow", "rem"}
-    | {"dynamic_slice", "gather", "real", "imag", "shift_left", "shift_right_logical", "shift_right_arithmetic"}
-    | {"population_count", "reduce_precision", "nextafter", "bitcast_convert_type", "stack", "unstack", "tile"}
-)
-"""Operations that are computed again rather than kept."""
-
-COSTLY = frozenset(
-    {
-        "exp",
-        "exp2",
-        "log",
-        "log1p",
-        "expm1",
-        "tanh",
-        "logistic",
-        "div",
-        "rsqrt",
-        "sqrt",
-        "pow",
-        "erf",
-        "erfc",
-        "erf_inv",
-    }
-    | {
-        "sin",
-        "cos",
-        "tan",
-        "cbrt",
-        "atan2",
-        "random_bits",
-        "threefry2x32",
-        "random_wrap",
-        "random_unwrap",
-        "random_seed",
-    }
-)
-"""Operations on elements that a backend may rather keep than compute again."""
-
-PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 _IN_PLACE = frozenset({"dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "scatter-mul", "sort"})
 _SMALL = 1024
 _READS_MORE = 1.3
@@ -79,12 +40,20 @@ class Backend:
         keeps_costly: whether transcendental functions that are read several times are kept.
         narrow_products: whether float32 values that products alone read are stored as the bfloat16 that these take.
         merges_recomputation: whether outside of loops a value that rematerialization computes again is the first one.
+        narrows_before_loops: whether what the turns of a loop read in a narrower type is converted as a whole before it.
+        library_reductions: whether reductions are kernels of a library, with what stands around them, that read their
+            operands from memory.
+        duplicates_on_all_paths: whether what has several operands is computed again only for readers that it can be
+            fused into on all paths.
     """
 
     fuses_into_products: bool
     keeps_costly: bool
     narrow_products: bool
     merges_recomputation: bool
+    narrows_before_loops: bool = False
+    library_reductions: bool = False
+    duplicates_on_all_paths: bool = False
 
 
 BACKENDS: Mapping[str, Backend] = {
@@ -93,6 +62,8 @@ BACKENDS: Mapping[str, Backend] = {
         keeps_costly=True,
         narrow_products=False,
         merges_recomputation=True,
+        library_reductions=True,
+        duplicates_on_all_paths=True,
     ),
     "gpu": Backend(
         fuses_into_products=False,
@@ -105,6 +76,7 @@ BACKENDS: Mapping[str, Backend] = {
         keeps_costly=False,
         narrow_products=True,
         merges_recomputation=False,
+        narrows_before_loops=True,
     ),
 }
 
@@ -126,30 +98,6 @@ class Step:
     reads: list[Value]
 
 
-@dataclasses.dataclass(eq=False, slots=True)
-class Node:
-    """An operation, its operands and results as they are called after renamings are looked through."""
-
-    op: Op
-    path: Path
-    operands: list[Value | None]
-    outputs: list[Value]
-    number: int = 0
-
-    @property
-    def inputs(self) -> list[Value]:
-        return [x for x in self.operands if x is not None]
-
-    @property
-    def fusible(self) -> bool:
-        return fusible(self.op)
-
-
-def fusible(op: Op) -> bool:
-    """Whether an operation is computed where its result is read."""
-    return op.name in CHEAP or op.name in COSTLY
-
-
 class Buffers:
     """The buffers of a graph, in the order in which they are written.
 
@@ -160,40 +108,85 @@ class Buffers:
         outputs: what is returned: buffers, inputs, or none for a constant.
     """
 
-    def __init__(self, graph: Graph, backend: Backend, prefix: Path = (), bodies: "dict[int, Buffers] | None" = None):
+    def __init__(
+        self,
+        graph: Graph,
+        backend: Backend,
+        prefix: Path = (),
+        bodies: "dict[int, Buffers] | None" = None,
+        narrowed: Collection[Value] = (),
+    ):
         self.backend = backend
         self._bodies = {} if bodies is None else bodies
         self.inputs = graph.inputs
-        flat = Flat(graph, merge=backend.merges_recomputation, prefix=prefix)
+        flat = Flat(graph, merge=backend.merges_recomputation, prefix=prefix, narrowed=narrowed)
         self.outputs: list[Value | None] = flat.outputs
         self._returned = {x for x in flat.outputs if x is not None}
         self.nodes = _needed(flat.nodes, self._returned)
-        self._producer = {y: node for node in self.nodes for y in node.outputs}
+        self._nodes = with_broadcasts(self.nodes) if backend.library_reductions else self.nodes
+        self._narrowed: dict[int, list[Value]] = {}
+        if backend.narrows_before_loops:
+            self._nodes = self._narrow_before_loops()
+        self._producer = {y: node for node in self._nodes for y in node.outputs}
         self._readers: dict[Value, list[Node]] = {}
-        for number, node in enumerate(self.nodes):
+        for number, node in enumerate(self._nodes):
             node.number = number
             for x in dict.fromkeys(node.inputs):
                 self._readers.setdefault(x, []).append(node)
         self._kept: set[Value] = set()
+        library = Library(self._nodes, self._producer, self._readers, self._returned)
+        self._inside = library.grow() if backend.library_reductions else {}
         self._choose()
-        self.steps = [self._step(node) for node in self.nodes if any(y in self._kept for y in node.outputs)]
+        self.steps = [self._step(node) for node in self._nodes if any(y in self._kept for y in node.outputs)]
         self._only: dict[Value, bool] = {}
+
+    def _narrow_before_loops(self) -> list[Node]:
+        """Converts what loops read in a narrower type, in place of each turn's part of it.
+
+        The TPU's compiler moves such conversions out of loops: bfloat16 copies of whole stacks of float32 weights are in
+        memory as long as the loop runs, one for all loops that read them (seen in its text with libtpu 0.0.42).
+        """
+        whole: dict[tuple[Value, str], Value] = {}
+        nodes: list[Node] = []
+        for node in self._nodes:
+            if node.op.name == "scan":
+                operands = list(node.operands)
+                body = node.op.bodies[0]
+                found = narrowed_in_turns(node.op)
+                self._narrowed[id(body)] = [body.inputs[i] for i in found]
+                for i, dtype in found.items():
+                    x = operands[i]
+                    if x is None:
+                        continue
+                    key = (x, np.dtype(dtype).name)
+                    if key not in whole:
+                        y = whole[key] = Value(_jax.abstract(jax.ShapeDtypeStruct(x.shape, dtype)))
+                        op = Op("narrow", (), (), {})
+                        nodes.append(Node(op, node.path, [x], [y]))
+                    operands[i] = whole[key]
+                node = dataclasses.replace(node, operands=operands)
+            nodes.append(node)
+        return nodes
 
     # -- Which values are kept ----------------------------------------------------------------------------------------
 
     def _choose(self) -> None:
-        for node in self.nodes:
-            if not node.fusible:
+        for node in self._nodes:
+            if node in self._inside:
+                self._keep_for_library(node)
+            elif not node.fusible:
                 self._kept.update(node.outputs)
                 for x in node.inputs:
                     x = self._through_layout(x) if node.op.name in PRODUCTS else x
                     if self._reads_buffers(node) and x in self._producer:
                         self._kept.add(x)
         self._kept.update(x for x in self._returned if x in self._producer)
+        if self.backend.duplicates_on_all_paths:
+            self._kept.update(AllPaths(self._nodes, self._producer, self._readers, self._kept, self._inside).split())
         reached: dict[Value, set[int]] = {}
-        for node in reversed(self.nodes):
+        for node in reversed(self._nodes):
             for y in node.outputs:
-                if y in self._kept:
+                if y in self._kept or node in self._inside:
                     continue
                 found: set[int] = set()
                 for reader in self._readers.get(y, ()):
@@ -205,13 +198,31 @@ class Buffers:
                 if size_bytes(y) > _SMALL and self._worth_keeping(node, y, len(found)):
                     self._kept.add(y)
 
+    def _keep_for_library(self, node: Node) -> None:
+        """The result of a library's kernel, and its operands: nothing is fused into it afterwards."""
+        root = self._inside[node]
+        if node is root:
+            self._kept.update(node.outputs)
+        self._kept.update(
+            x for x in node.inputs if x in self._producer and self._inside.get(self._producer[x]) is not root
+        )
+
     def _worth_keeping(self, node: Node, y: Value, readers: int) -> bool:
-        if readers > 1 and node.op.name in COSTLY and self.backend.keeps_costly:
+        if readers > 1 and node.op.name in COSTLY and self.backend.keeps_costly and not self._scales(node):
             return True
+        if self.backend.duplicates_on_all_paths:
+            return False
         into_product = any(reader.op.name in PRODUCTS for reader in self._readers.get(y, ()))
         if readers > 1 or into_product:
             return sum(map(size_bytes, self._sources(node.inputs))) > _READS_MORE * size_bytes(y)
         return False
+
+    def _scales(self, node: Node) -> bool:
+        """Whether a division is by what is broadcast: XLA multiplies by the inverse, which is cheap."""
+        by = node.operands[-1]
+        return node.op.name == "div" and (
+            by is None or (by in self._producer and self._producer[by].op.name == "broadcast_in_dim")
+        )
 
     def _reads_buffers(self, node: Node) -> bool:
         """Whether an operation that is not fused reads its operands as buffers."""
@@ -245,7 +256,8 @@ class Buffers:
         """The buffers of a loop's body or of a branch; a body that several operations share is looked at once."""
         if id(graph) not in self._bodies:
             backend = dataclasses.replace(self.backend, merges_recomputation=False)
-            self._bodies[id(graph)] = Buffers(graph, backend, bodies=self._bodies)
+            narrowed = self._narrowed.get(id(graph), ())
+            self._bodies[id(graph)] = Buffers(graph, backend, bodies=self._bodies, narrowed=narrowed)
         return self._bodies[id(graph)]
 
     def keeps(self, x: Value) -> bool:
@@ -283,6 +295,25 @@ class Buffers:
         return False
 
 
+def narrowed_in_turns(op: Op) -> Mapping[int, Any]:
+    """Which operands the turns of a `scan` read in a narrower type alone, and in which; carries excepted."""
+    num_constants, num_carry = _jax.scan_counts(dict(op.attributes))
+    flat = Flat(op.bodies[0])
+    readers: dict[Value, list[Node]] = {}
+    for node in flat.nodes:
+        for x in node.inputs:
+            readers.setdefault(x, []).append(node)
+    found: dict[int, Any] = {}
+    for i, x in enumerate(op.bodies[0].inputs):
+        if num_constants <= i < num_constants + num_carry or x in flat.outputs or x not in readers:
+            continue
+        dtypes = {node.outputs[0].dtype for node in readers[x]}
+        converted = all(node.op.name == "convert_element_type" for node in readers[x])
+        if converted and len(dtypes) == 1 and np.dtype(next(iter(dtypes))).itemsize < np.dtype(x.dtype).itemsize:
+            (found[i],) = dtypes
+    return found
+
+
 def size_bytes(x: Value) -> int:
     """Bytes of an array."""
     dtype = x.dtype
@@ -301,8 +332,10 @@ class Flat:
         outputs: what is returned; none for constants.
     """
 
-    def __init__(self, graph: Graph, *, merge: bool = False, prefix: Path = ()):
+    def __init__(self, graph: Graph, *, merge: bool = False, prefix: Path = (), narrowed: Collection[Value] = ()):
+        self._narrowed = frozenset(narrowed)
         self.nodes: list[Node] = []
+        self._zeros: set[Value] = set()
         self._merged: dict[object, list[Value]] | None = {} if merge else None
         env: dict[Value, Value | None] = {value: value for value in graph.inputs}
         self.outputs = self._enter(graph, env, prefix)
@@ -322,11 +355,27 @@ class Flat:
                 env.update(zip(op.outputs, self._enter(body, inside, (*prefix, (position, 0))), strict=True))
             elif op.name in RENAMING and len(op.outputs) == len(op.inputs):
                 env.update(zip(op.outputs, given, strict=True))
+            elif self._changes_nothing(op, given):
+                env[op.outputs[0]] = given[0]
             elif op.name in RENAMING:
                 env.update(dict.fromkeys(op.outputs, given[0]))
             else:
                 env.update(zip(op.outputs, self._define(op, path, given), strict=True))
         return [read(x) for x in graph.outputs]
+
+    def _changes_nothing(self, op: Op, given: Sequence[Value | None]) -> bool:
+        """Whether a result is the first operand: one with dimensions of one, less zeros, or converted before."""
+        if op.name == "broadcast_in_dim":
+            if isinstance(op.inputs[0], Literal) and not np.any(op.inputs[0].value):
+                self._zeros.add(op.outputs[0])
+            kept = list(op.attributes["broadcast_dimensions"])
+            return math.prod(op.inputs[0].shape) == math.prod(op.outputs[0].shape) and kept == sorted(kept)
+        if op.name == "convert_element_type":
+            return given[0] in self._narrowed
+        if op.name != "sub" or given[0] is None or op.inputs[0].shape != op.outputs[0].shape:
+            return False
+        by = op.inputs[1]
+        return by in self._zeros if isinstance(by, Value) else not np.any(by.value)
 
     def _define(self, op: Op, path: Path, given: Sequence[Value | None]) -> list[Value]:
         key = None
