@@ -235,7 +235,8 @@ def test_impossible_options(text: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("shard(data=1, tensor=3)", "does not divide over tensor (3)"),
+        ("shard(data=1, tensor=3)", "cannot be split over tensor (3)"),
+        ("shard(data=1, tensor=5, rules=[heads->-])", "does not divide over tensor (5)"),
         ("shard(data=4, expert=2)", "has experts that expert=2 could split"),
         ("shard(data=2, tensor=4, rules=[hiden->tensor])", "names no axis"),
         ("shard(data=2, tensor=4, rules=[hidden->tensr])", "did you mean tensor?"),
