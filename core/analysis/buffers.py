@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compax import _jax
-from compax.analysis.library import CHEAP, COSTLY, PRODUCTS, AllPaths, Library, Node, fusible, with_broadcasts
+from compax.analysis.library import COSTLY, PRODUCTS, AllPaths, Library, Node, with_broadcasts
 from compax.analysis.normal import CALLS
 from compax.ir import Graph, Literal, Op, Path, Value
 
@@ -40,7 +40,8 @@ class Backend:
         keeps_costly: whether transcendental functions that are read several times are kept.
         narrow_products: whether float32 values that products alone read are stored as the bfloat16 that these take.
         merges_recomputation: whether outside of loops a value that rematerialization computes again is the first one.
-        narrows_before_loops: whether what the turns of a loop read in a narrower type is converted as a whole before it.
+        narrows_before_loops: whether what the turns of a loop read in a narrower type is converted as a whole before.
+        tiles: whether arrays are stored in tiles of 8 by 128 elements, filled up with nothing.
         library_reductions: whether reductions are kernels of a library, with what stands around them, that read their
             operands from memory.
         duplicates_on_all_paths: whether what has several operands is computed again only for readers that it can be
@@ -52,6 +53,7 @@ class Backend:
     narrow_products: bool
     merges_recomputation: bool
     narrows_before_loops: bool = False
+    tiles: bool = False
     library_reductions: bool = False
     duplicates_on_all_paths: bool = False
 
@@ -77,6 +79,7 @@ BACKENDS: Mapping[str, Backend] = {
         narrow_products=True,
         merges_recomputation=False,
         narrows_before_loops=True,
+        tiles=True,
     ),
 }
 
@@ -143,8 +146,8 @@ class Buffers:
     def _narrow_before_loops(self) -> list[Node]:
         """Converts what loops read in a narrower type, in place of each turn's part of it.
 
-        The TPU's compiler moves such conversions out of loops: bfloat16 copies of whole stacks of float32 weights are in
-        memory as long as the loop runs, one for all loops that read them (seen in its text with libtpu 0.0.42).
+        The TPU's compiler moves such conversions out of loops: bfloat16 copies of whole stacks of float32 weights are
+        in memory as long as the loop runs, one for all loops that read them (seen in its text with libtpu 0.0.42).
         """
         whole: dict[tuple[Value, str], Value] = {}
         nodes: list[Node] = []
@@ -267,8 +270,8 @@ class Buffers:
     # -- Sizes --------------------------------------------------------------------------------------------------------
 
     def nbytes(self, x: Value) -> int:
-        """Bytes of a buffer."""
-        size = size_bytes(x)
+        """Bytes of a buffer or an input."""
+        size = tiled_bytes(x) if self.backend.tiles else size_bytes(x)
         if self.backend.narrow_products and x.dtype == jnp.float32 and x in self._producer and self.feeds_products(x):
             return size // 2
         return size
@@ -322,6 +325,36 @@ def size_bytes(x: Value) -> int:
     if jnp.issubdtype(dtype, jax.dtypes.extended):
         return 8 * math.prod(x.shape)
     return math.prod(x.shape) * np.dtype(dtype).itemsize
+
+
+def tiled_bytes(x: Value) -> int:
+    """Bytes of an array in tiles of 8 by 128 elements, the dimensions in the order that wastes least.
+
+    Those of fewer than 8 rows have tiles of 1, 2 or 4; those of one row are filled up to a power of two of 128 elements
+    or to multiples of 1024 (layouts as the compiler writes them: `T(8,128)`, `T(2,128)`, `T(256)`).
+    """
+    sizes = [size for size in x.shape if size > 1]
+    size = size_bytes(x)
+    if not sizes or not size:
+        return size
+    if len(sizes) == 1:
+        return size // sizes[0] * _filled(sizes[0], 128, 1024)
+    least = min(
+        _filled(minor, 128, 128) * _filled(rows, 1, 8) / (minor * rows)
+        for i, minor in enumerate(sizes)
+        for j, rows in enumerate(sizes)
+        if i != j
+    )
+    return round(size * least)
+
+
+def _filled(size: int, least: int, most: int) -> int:
+    """A size filled up to a power of two times `least`, or to multiples of `most`."""
+    if size >= most:
+        return -(-size // most) * most
+    while least < size:
+        least *= 2
+    return least
 
 
 class Flat:
