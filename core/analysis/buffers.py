@@ -40,6 +40,7 @@ class Backend:
         keeps_costly: whether transcendental functions that are read several times are kept.
         narrow_products: whether float32 values that products alone read are stored as the bfloat16 that these take.
         merges_recomputation: whether outside of loops a value that rematerialization computes again is the first one.
+        selects_for_scatters: whether a scatter of one element into each row of a constant is a selection.
         narrows_before_loops: whether what the turns of a loop read in a narrower type is converted as a whole before.
         tiles: whether arrays are stored in tiles of 8 by 128 elements, filled up with nothing.
         library_reductions: whether reductions are kernels of a library, with what stands around them, that read their
@@ -52,6 +53,7 @@ class Backend:
     keeps_costly: bool
     narrow_products: bool
     merges_recomputation: bool
+    selects_for_scatters: bool = False
     narrows_before_loops: bool = False
     tiles: bool = False
     library_reductions: bool = False
@@ -78,6 +80,7 @@ BACKENDS: Mapping[str, Backend] = {
         keeps_costly=False,
         narrow_products=True,
         merges_recomputation=False,
+        selects_for_scatters=True,
         narrows_before_loops=True,
         tiles=True,
     ),
@@ -155,7 +158,8 @@ class Buffers:
             if node.op.name == "scan":
                 operands = list(node.operands)
                 body = node.op.bodies[0]
-                found = narrowed_in_turns(node.op)
+                given = {i for i, x in enumerate(operands) if x in self.inputs} if self.backend.narrow_products else ()
+                found = narrowed_in_turns(node.op, given)
                 self._narrowed[id(body)] = [body.inputs[i] for i in found]
                 for i, dtype in found.items():
                     x = operands[i]
@@ -177,7 +181,7 @@ class Buffers:
         for node in self._nodes:
             if node in self._inside:
                 self._keep_for_library(node)
-            elif not node.fusible:
+            elif not self._fusible(node):
                 self._kept.update(node.outputs)
                 for x in node.inputs:
                     x = self._through_layout(x) if node.op.name in PRODUCTS else x
@@ -193,13 +197,35 @@ class Buffers:
                     continue
                 found: set[int] = set()
                 for reader in self._readers.get(y, ()):
-                    inside = reader.fusible and not any(z in self._kept for z in reader.outputs)
+                    inside = self._fusible(reader) and not any(z in self._kept for z in reader.outputs)
                     found |= (
                         set[int]().union(*(reached.get(z, ()) for z in reader.outputs)) if inside else {reader.number}
                     )
                 reached[y] = found
                 if size_bytes(y) > _SMALL and self._worth_keeping(node, y, len(found)):
                     self._kept.add(y)
+
+    def _fusible(self, node: Node) -> bool:
+        return node.fusible or (self.backend.selects_for_scatters and self._selects(node))
+
+    def _selects(self, node: Node) -> bool:
+        """Whether an operation scatters one element into each row of a constant.
+
+        XLA for TPUs compares an iota with the indices instead, and fuses that: the gradient of a cross entropy over a
+        vocabulary is a `select_add_fusion` inside of the products that read it (seen in its text with libtpu 0.0.42).
+        """
+        if not node.op.name.startswith("scatter"):
+            return False
+        numbers = node.op.attributes["dimension_numbers"]
+        operand, _, updates = node.op.inputs
+        rows = numbers.operand_batching_dims
+        constant = all(x in self._producer and not self._producer[x].inputs for x in node.operands[:1] if x is not None)
+        return (
+            constant
+            and not numbers.update_window_dims
+            and len(rows) + len(numbers.inserted_window_dims) == len(operand.shape)
+            and math.prod(updates.shape) == math.prod(operand.shape[dim] for dim in rows)
+        )
 
     def _keep_for_library(self, node: Node) -> None:
         """The result of a library's kernel, and its operands: nothing is fused into it afterwards."""
@@ -216,7 +242,7 @@ class Buffers:
         if self.backend.duplicates_on_all_paths:
             return False
         into_product = any(reader.op.name in PRODUCTS for reader in self._readers.get(y, ()))
-        if readers > 1 or into_product:
+        if readers > 1 or (into_product and not self.backend.fuses_into_products):
             return sum(map(size_bytes, self._sources(node.inputs))) > _READS_MORE * size_bytes(y)
         return False
 
@@ -298,21 +324,38 @@ class Buffers:
         return False
 
 
-def narrowed_in_turns(op: Op) -> Mapping[int, Any]:
-    """Which operands the turns of a `scan` read in a narrower type alone, and in which; carries excepted."""
+def narrowed_in_turns(op: Op, in_products: Collection[int] = ()) -> Mapping[int, Any]:
+    """Which operands the turns of a `scan` read in a narrower type alone, and in which; carries excepted.
+
+    Args:
+        op: the scan.
+        in_products: operands that products of matrices take as bfloat16 where they are float32.
+    """
     num_constants, num_carry = _jax.scan_counts(dict(op.attributes))
     flat = Flat(op.bodies[0])
     readers: dict[Value, list[Node]] = {}
     for node in flat.nodes:
         for x in node.inputs:
             readers.setdefault(x, []).append(node)
+
+    def types(x: Value, in_product: bool) -> set[Any]:
+        found: set[Any] = {x.dtype} if x in flat.outputs else set()
+        for node in readers.get(x, ()):
+            if node.op.name == "convert_element_type":
+                found.add(node.outputs[0].dtype)
+            elif in_product and node.op.name in PRODUCTS and x.dtype == jnp.float32:
+                found.add(np.dtype(jnp.bfloat16))
+            elif in_product and node.op.name == "transpose":
+                found |= types(node.outputs[0], in_product)
+            else:
+                found.add(x.dtype)
+        return found
+
     found: dict[int, Any] = {}
     for i, x in enumerate(op.bodies[0].inputs):
-        if num_constants <= i < num_constants + num_carry or x in flat.outputs or x not in readers:
-            continue
-        dtypes = {node.outputs[0].dtype for node in readers[x]}
-        converted = all(node.op.name == "convert_element_type" for node in readers[x])
-        if converted and len(dtypes) == 1 and np.dtype(next(iter(dtypes))).itemsize < np.dtype(x.dtype).itemsize:
+        dtypes = types(x, i in in_products)
+        carried = num_constants <= i < num_constants + num_carry
+        if not carried and len(dtypes) == 1 and np.dtype(next(iter(dtypes))).itemsize < np.dtype(x.dtype).itemsize:
             (found[i],) = dtypes
     return found
 
