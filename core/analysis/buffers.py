@@ -6,6 +6,7 @@ them, and computed again for each reader, unless that would read more than it sa
 `Backend`.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compax import _jax
-from compax.analysis.library import COSTLY, PRODUCTS, AllPaths, Library, Node, with_broadcasts
+from compax.analysis.library import COSTLY, PRODUCTS, AllPaths, Library, Node, with_broadcasts, with_rearranged
 from compax.analysis.normal import CALLS
 from compax.ir import Graph, Literal, Op, Path, Value
 
@@ -40,6 +41,7 @@ class Backend:
         keeps_costly: whether transcendental functions that are read several times are kept.
         narrow_products: whether float32 values that products alone read are stored as the bfloat16 that these take.
         merges_recomputation: whether outside of loops a value that rematerialization computes again is the first one.
+        breadth_first: whether an operation runs as soon as its operands are there.
         selects_for_scatters: whether a scatter of one element into each row of a constant is a selection.
         narrows_before_loops: whether what the turns of a loop read in a narrower type is converted as a whole before.
         tiles: whether arrays are stored in tiles of 8 by 128 elements, filled up with nothing.
@@ -54,6 +56,7 @@ class Backend:
     narrow_products: bool
     merges_recomputation: bool
     selects_for_scatters: bool = False
+    breadth_first: bool = False
     narrows_before_loops: bool = False
     tiles: bool = False
     library_reductions: bool = False
@@ -68,6 +71,7 @@ BACKENDS: Mapping[str, Backend] = {
         merges_recomputation=True,
         library_reductions=True,
         duplicates_on_all_paths=True,
+        breadth_first=True,
     ),
     "gpu": Backend(
         fuses_into_products=False,
@@ -129,7 +133,7 @@ class Buffers:
         self.outputs: list[Value | None] = flat.outputs
         self._returned = {x for x in flat.outputs if x is not None}
         self.nodes = _needed(flat.nodes, self._returned)
-        self._nodes = with_broadcasts(self.nodes) if backend.library_reductions else self.nodes
+        self._nodes = with_rearranged(with_broadcasts(self.nodes)) if backend.library_reductions else self.nodes
         self._narrowed: dict[int, list[Value]] = {}
         if backend.narrows_before_loops:
             self._nodes = self._narrow_before_loops()
@@ -143,7 +147,8 @@ class Buffers:
         library = Library(self._nodes, self._producer, self._readers, self._returned)
         self._inside = library.grow() if backend.library_reductions else {}
         self._choose()
-        self.steps = [self._step(node) for node in self._nodes if any(y in self._kept for y in node.outputs)]
+        steps = [self._step(node) for node in self._nodes if any(y in self._kept for y in node.outputs)]
+        self.steps = breadth_first(steps) if backend.breadth_first else steps
         self._only: dict[Value, bool] = {}
 
     def _narrow_before_loops(self) -> list[Node]:
@@ -184,7 +189,7 @@ class Buffers:
             elif not self._fusible(node):
                 self._kept.update(node.outputs)
                 for x in node.inputs:
-                    x = self._through_layout(x) if node.op.name in PRODUCTS else x
+                    x = self._through_layout(x) if node.op.name in PRODUCTS and not self.backend.library_reductions else x
                     if self._reads_buffers(node) and x in self._producer:
                         self._kept.add(x)
         self._kept.update(x for x in self._returned if x in self._producer)
@@ -322,6 +327,32 @@ class Buffers:
             body = self.body(reader.op.bodies[0])
             return all(body.feeds_products(body.inputs[i]) for i, y in enumerate(reader.operands) if y is x)
         return False
+
+
+def breadth_first(steps: Sequence[Step]) -> list[Step]:
+    """Steps in the order in which all that they read is there, first come first served.
+
+    XLA's compiler for CPUs schedules so, for the most concurrency (`BFScheduler` in
+    `xla/service/hlo_memory_scheduler.cc`): what the backward pass reads and the forward pass can compute is computed in
+    the forward pass.
+    """
+    writer = {y: step for step in steps for y in step.outputs}
+    missing = {step: {writer[x] for x in step.reads if x in writer} for step in steps}
+    users: dict[Step, list[Step]] = {step: [] for step in steps}
+    for step in steps:
+        for source in dict.fromkeys(writer[x] for x in step.reads if x in writer):
+            users[source].append(step)
+    ready = collections.deque(step for step in steps if not missing[step])
+    found: list[Step] = []
+    while ready:
+        step = ready.popleft()
+        found.append(step)
+        for user in users[step]:
+            missing[user].discard(step)
+            if not missing[user]:
+                ready.append(user)
+    assert len(found) == len(steps)
+    return found
 
 
 def narrowed_in_turns(op: Op, in_products: Collection[int] = ()) -> Mapping[int, Any]:
