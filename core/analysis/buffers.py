@@ -6,6 +6,7 @@ them, and computed again for each reader, unless that would read more than it sa
 `Backend`.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compax import _jax
-from compax.analysis.library import CHEAP, COSTLY, PRODUCTS, AllPaths, Library, Node, fusible, with_broadcasts
+from compax.analysis.library import COSTLY, PRODUCTS, AllPaths, Library, Node, with_broadcasts, with_rearranged
 from compax.analysis.normal import CALLS
 from compax.ir import Graph, Literal, Op, Path, Value
 
@@ -40,7 +41,10 @@ class Backend:
         keeps_costly: whether transcendental functions that are read several times are kept.
         narrow_products: whether float32 values that products alone read are stored as the bfloat16 that these take.
         merges_recomputation: whether outside of loops a value that rematerialization computes again is the first one.
-        narrows_before_loops: whether what the turns of a loop read in a narrower type is converted as a whole before it.
+        breadth_first: whether an operation runs as soon as its operands are there.
+        selects_for_scatters: whether a scatter of one element into each row of a constant is a selection.
+        narrows_before_loops: whether what the turns of a loop read in a narrower type is converted as a whole before.
+        tiles: whether arrays are stored in tiles of 8 by 128 elements, filled up with nothing.
         library_reductions: whether reductions are kernels of a library, with what stands around them, that read their
             operands from memory.
         duplicates_on_all_paths: whether what has several operands is computed again only for readers that it can be
@@ -51,7 +55,10 @@ class Backend:
     keeps_costly: bool
     narrow_products: bool
     merges_recomputation: bool
+    selects_for_scatters: bool = False
+    breadth_first: bool = False
     narrows_before_loops: bool = False
+    tiles: bool = False
     library_reductions: bool = False
     duplicates_on_all_paths: bool = False
 
@@ -64,6 +71,7 @@ BACKENDS: Mapping[str, Backend] = {
         merges_recomputation=True,
         library_reductions=True,
         duplicates_on_all_paths=True,
+        breadth_first=True,
     ),
     "gpu": Backend(
         fuses_into_products=False,
@@ -76,7 +84,9 @@ BACKENDS: Mapping[str, Backend] = {
         keeps_costly=False,
         narrow_products=True,
         merges_recomputation=False,
+        selects_for_scatters=True,
         narrows_before_loops=True,
+        tiles=True,
     ),
 }
 
@@ -123,7 +133,7 @@ class Buffers:
         self.outputs: list[Value | None] = flat.outputs
         self._returned = {x for x in flat.outputs if x is not None}
         self.nodes = _needed(flat.nodes, self._returned)
-        self._nodes = with_broadcasts(self.nodes) if backend.library_reductions else self.nodes
+        self._nodes = with_rearranged(with_broadcasts(self.nodes)) if backend.library_reductions else self.nodes
         self._narrowed: dict[int, list[Value]] = {}
         if backend.narrows_before_loops:
             self._nodes = self._narrow_before_loops()
@@ -137,14 +147,15 @@ class Buffers:
         library = Library(self._nodes, self._producer, self._readers, self._returned)
         self._inside = library.grow() if backend.library_reductions else {}
         self._choose()
-        self.steps = [self._step(node) for node in self._nodes if any(y in self._kept for y in node.outputs)]
+        steps = [self._step(node) for node in self._nodes if any(y in self._kept for y in node.outputs)]
+        self.steps = breadth_first(steps) if backend.breadth_first else steps
         self._only: dict[Value, bool] = {}
 
     def _narrow_before_loops(self) -> list[Node]:
         """Converts what loops read in a narrower type, in place of each turn's part of it.
 
-        The TPU's compiler moves such conversions out of loops: bfloat16 copies of whole stacks of float32 weights are in
-        memory as long as the loop runs, one for all loops that read them (seen in its text with libtpu 0.0.42).
+        The TPU's compiler moves such conversions out of loops: bfloat16 copies of whole stacks of float32 weights are
+        in memory as long as the loop runs, one for all loops that read them (seen in its text with libtpu 0.0.42).
         """
         whole: dict[tuple[Value, str], Value] = {}
         nodes: list[Node] = []
@@ -152,7 +163,8 @@ class Buffers:
             if node.op.name == "scan":
                 operands = list(node.operands)
                 body = node.op.bodies[0]
-                found = narrowed_in_turns(node.op)
+                given = {i for i, x in enumerate(operands) if x in self.inputs} if self.backend.narrow_products else ()
+                found = narrowed_in_turns(node.op, given)
                 self._narrowed[id(body)] = [body.inputs[i] for i in found]
                 for i, dtype in found.items():
                     x = operands[i]
@@ -174,10 +186,10 @@ class Buffers:
         for node in self._nodes:
             if node in self._inside:
                 self._keep_for_library(node)
-            elif not node.fusible:
+            elif not self._fusible(node):
                 self._kept.update(node.outputs)
                 for x in node.inputs:
-                    x = self._through_layout(x) if node.op.name in PRODUCTS else x
+                    x = self._through_layout(x) if node.op.name in PRODUCTS and not self.backend.library_reductions else x
                     if self._reads_buffers(node) and x in self._producer:
                         self._kept.add(x)
         self._kept.update(x for x in self._returned if x in self._producer)
@@ -190,13 +202,35 @@ class Buffers:
                     continue
                 found: set[int] = set()
                 for reader in self._readers.get(y, ()):
-                    inside = reader.fusible and not any(z in self._kept for z in reader.outputs)
+                    inside = self._fusible(reader) and not any(z in self._kept for z in reader.outputs)
                     found |= (
                         set[int]().union(*(reached.get(z, ()) for z in reader.outputs)) if inside else {reader.number}
                     )
                 reached[y] = found
                 if size_bytes(y) > _SMALL and self._worth_keeping(node, y, len(found)):
                     self._kept.add(y)
+
+    def _fusible(self, node: Node) -> bool:
+        return node.fusible or (self.backend.selects_for_scatters and self._selects(node))
+
+    def _selects(self, node: Node) -> bool:
+        """Whether an operation scatters one element into each row of a constant.
+
+        XLA for TPUs compares an iota with the indices instead, and fuses that: the gradient of a cross entropy over a
+        vocabulary is a `select_add_fusion` inside of the products that read it (seen in its text with libtpu 0.0.42).
+        """
+        if not node.op.name.startswith("scatter"):
+            return False
+        numbers = node.op.attributes["dimension_numbers"]
+        operand, _, updates = node.op.inputs
+        rows = numbers.operand_batching_dims
+        constant = all(x in self._producer and not self._producer[x].inputs for x in node.operands[:1] if x is not None)
+        return (
+            constant
+            and not numbers.update_window_dims
+            and len(rows) + len(numbers.inserted_window_dims) == len(operand.shape)
+            and math.prod(updates.shape) == math.prod(operand.shape[dim] for dim in rows)
+        )
 
     def _keep_for_library(self, node: Node) -> None:
         """The result of a library's kernel, and its operands: nothing is fused into it afterwards."""
@@ -213,7 +247,7 @@ class Buffers:
         if self.backend.duplicates_on_all_paths:
             return False
         into_product = any(reader.op.name in PRODUCTS for reader in self._readers.get(y, ()))
-        if readers > 1 or into_product:
+        if readers > 1 or (into_product and not self.backend.fuses_into_products):
             return sum(map(size_bytes, self._sources(node.inputs))) > _READS_MORE * size_bytes(y)
         return False
 
@@ -267,8 +301,8 @@ class Buffers:
     # -- Sizes --------------------------------------------------------------------------------------------------------
 
     def nbytes(self, x: Value) -> int:
-        """Bytes of a buffer."""
-        size = size_bytes(x)
+        """Bytes of a buffer or an input."""
+        size = tiled_bytes(x) if self.backend.tiles else size_bytes(x)
         if self.backend.narrow_products and x.dtype == jnp.float32 and x in self._producer and self.feeds_products(x):
             return size // 2
         return size
@@ -295,21 +329,64 @@ class Buffers:
         return False
 
 
-def narrowed_in_turns(op: Op) -> Mapping[int, Any]:
-    """Which operands the turns of a `scan` read in a narrower type alone, and in which; carries excepted."""
+def breadth_first(steps: Sequence[Step]) -> list[Step]:
+    """Steps in the order in which all that they read is there, first come first served.
+
+    XLA's compiler for CPUs schedules so, for the most concurrency (`BFScheduler` in
+    `xla/service/hlo_memory_scheduler.cc`): what the backward pass reads and the forward pass can compute is computed in
+    the forward pass.
+    """
+    writer = {y: step for step in steps for y in step.outputs}
+    missing = {step: {writer[x] for x in step.reads if x in writer} for step in steps}
+    users: dict[Step, list[Step]] = {step: [] for step in steps}
+    for step in steps:
+        for source in dict.fromkeys(writer[x] for x in step.reads if x in writer):
+            users[source].append(step)
+    ready = collections.deque(step for step in steps if not missing[step])
+    found: list[Step] = []
+    while ready:
+        step = ready.popleft()
+        found.append(step)
+        for user in users[step]:
+            missing[user].discard(step)
+            if not missing[user]:
+                ready.append(user)
+    assert len(found) == len(steps)
+    return found
+
+
+def narrowed_in_turns(op: Op, in_products: Collection[int] = ()) -> Mapping[int, Any]:
+    """Which operands the turns of a `scan` read in a narrower type alone, and in which; carries excepted.
+
+    Args:
+        op: the scan.
+        in_products: operands that products of matrices take as bfloat16 where they are float32.
+    """
     num_constants, num_carry = _jax.scan_counts(dict(op.attributes))
     flat = Flat(op.bodies[0])
     readers: dict[Value, list[Node]] = {}
     for node in flat.nodes:
         for x in node.inputs:
             readers.setdefault(x, []).append(node)
+
+    def types(x: Value, in_product: bool) -> set[Any]:
+        found: set[Any] = {x.dtype} if x in flat.outputs else set()
+        for node in readers.get(x, ()):
+            if node.op.name == "convert_element_type":
+                found.add(node.outputs[0].dtype)
+            elif in_product and node.op.name in PRODUCTS and x.dtype == jnp.float32:
+                found.add(np.dtype(jnp.bfloat16))
+            elif in_product and node.op.name == "transpose":
+                found |= types(node.outputs[0], in_product)
+            else:
+                found.add(x.dtype)
+        return found
+
     found: dict[int, Any] = {}
     for i, x in enumerate(op.bodies[0].inputs):
-        if num_constants <= i < num_constants + num_carry or x in flat.outputs or x not in readers:
-            continue
-        dtypes = {node.outputs[0].dtype for node in readers[x]}
-        converted = all(node.op.name == "convert_element_type" for node in readers[x])
-        if converted and len(dtypes) == 1 and np.dtype(next(iter(dtypes))).itemsize < np.dtype(x.dtype).itemsize:
+        dtypes = types(x, i in in_products)
+        carried = num_constants <= i < num_constants + num_carry
+        if not carried and len(dtypes) == 1 and np.dtype(next(iter(dtypes))).itemsize < np.dtype(x.dtype).itemsize:
             (found[i],) = dtypes
     return found
 
@@ -322,6 +399,36 @@ def size_bytes(x: Value) -> int:
     if jnp.issubdtype(dtype, jax.dtypes.extended):
         return 8 * math.prod(x.shape)
     return math.prod(x.shape) * np.dtype(dtype).itemsize
+
+
+def tiled_bytes(x: Value) -> int:
+    """Bytes of an array in tiles of 8 by 128 elements, the dimensions in the order that wastes least.
+
+    Those of fewer than 8 rows have tiles of 1, 2 or 4; those of one row are filled up to a power of two of 128 elements
+    or to multiples of 1024 (layouts as the compiler writes them: `T(8,128)`, `T(2,128)`, `T(256)`).
+    """
+    sizes = [size for size in x.shape if size > 1]
+    size = size_bytes(x)
+    if not sizes or not size:
+        return size
+    if len(sizes) == 1:
+        return size // sizes[0] * _filled(sizes[0], 128, 1024)
+    least = min(
+        _filled(minor, 128, 128) * _filled(rows, 1, 8) / (minor * rows)
+        for i, minor in enumerate(sizes)
+        for j, rows in enumerate(sizes)
+        if i != j
+    )
+    return round(size * least)
+
+
+def _filled(size: int, least: int, most: int) -> int:
+    """A size filled up to a power of two times `least`, or to multiples of `most`."""
+    if size >= most:
+        return -(-size // most) * most
+    while least < size:
+        least *= 2
+    return least
 
 
 class Flat:

@@ -120,6 +120,45 @@ def with_broadcasts(nodes: Sequence[Node]) -> list[Node]:
     return found
 
 
+def with_rearranged(nodes: Sequence[Node]) -> list[Node]:
+    """Products with operands in the order that the library takes: what has another order becomes a transpose.
+
+    XLA's `DotDecomposer` puts batch dimensions first and brings what is contracted together, on the right before and on
+    the left behind the other dimensions. Its `TransposeFolding` takes back what only exchanges the two dimensions of a
+    matrix. Equal transposes are one.
+    """
+    producer = {y: node for node in nodes for y in node.outputs}
+    rearranged: dict[tuple[Value, tuple[int, ...], tuple[int, ...]], Value] = {}
+    found: list[Node] = []
+    for node in nodes:
+        operands = list(node.operands)
+        if node.op.name == "dot_general":
+            contracted, batch = node.op.attributes["dimension_numbers"]
+            for i, x in enumerate(operands):
+                if x is None:
+                    continue
+                given = node.op.inputs[i]
+                free = [dim for dim in range(len(given.shape)) if dim not in contracted[i] and dim not in batch[i]]
+                parts = (batch[i], free, contracted[i]) if i == 0 else (batch[i], contracted[i], free)
+                order = [int(dim) for part in parts for dim in part]
+                while x.shape == given.shape and x in producer and producer[x].op.name == "transpose":
+                    before = producer[x].op.attributes["permutation"]
+                    source = producer[x].inputs[0]
+                    order, x, given = [int(before[dim]) for dim in order], source, producer[x].op.inputs[0]
+                moved = [dim for dim in order if given.shape[dim] > 1]
+                if moved != sorted(moved) and (batch[i] or len(moved) > 2):
+                    key = (x, tuple(given.shape), tuple(order))
+                    if key not in rearranged:
+                        shape = tuple(given.shape[dim] for dim in order)
+                        y = rearranged[key] = Value(_jax.abstract(jax.ShapeDtypeStruct(shape, given.dtype)))
+                        op = dataclasses.replace(node.op, name="transpose", attributes={}, equation=None)
+                        found.append(Node(op, node.path, [x], [y]))
+                    x = rearranged[key]
+                operands[i] = x
+        found.append(dataclasses.replace(node, operands=operands))
+    return found
+
+
 class Library:
     """The groups of operations that become kernels of YNNPACK, the library that XLA uses on CPUs.
 
@@ -155,7 +194,8 @@ class Library:
             changed = False
             waiting = list(group)
             while waiting:
-                for x in waiting.pop().inputs:
+                node = waiting.pop()
+                for x in node.inputs if node.op.name not in PRODUCTS else ():
                     found = self._producer.get(x)
                     if found is not None and found not in group and self._absorbs(found, group):
                         group.add(found)

@@ -8,7 +8,8 @@ afterwards where the operation may work in place. A loop adds the most that one 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
-from compax.analysis.buffers import BACKENDS, Buffers, Step, fusible, size_bytes
+from compax.analysis.buffers import BACKENDS, Buffers, Step
+from compax.analysis.library import fusible
 from compax.analysis.tracing import Place, Traced
 from compax.ir import Value
 
@@ -68,7 +69,7 @@ def liveness(traced: Traced, platform: str, *, donated: Collection[str] = ()) ->
     buffers = Buffers(traced.graph, BACKENDS[platform])
     arguments: dict[str, int] = {}
     for role, x in zip(traced.inputs, traced.graph.inputs, strict=True):
-        arguments[role.kind] = arguments.get(role.kind, 0) + size_bytes(x)
+        arguments[role.kind] = arguments.get(role.kind, 0) + buffers.nbytes(x)
     free = [
         (x.shape, str(x.dtype))
         for role, x in zip(traced.inputs, traced.graph.inputs, strict=True)
@@ -80,13 +81,13 @@ def liveness(traced: Traced, platform: str, *, donated: Collection[str] = ()) ->
         if (x.shape, str(x.dtype)) in free:
             free.remove((x.shape, str(x.dtype)))
             aliased.add(x)
-    outputs = sum(size_bytes(x) for x in traced.graph.outputs if isinstance(x, Value))
+    outputs = sum(buffers.nbytes(Value(x.aval)) for x in traced.graph.outputs if isinstance(x, Value))
     run = _run(buffers, returned.keys(), {})
-    fixed = sum(arguments.values()) + sum(size_bytes(x) for x in returned if x not in aliased)
+    fixed = sum(arguments.values()) + sum(buffers.nbytes(x) for x in returned if x not in aliased)
     return Liveness(
         arguments=arguments,
         outputs=outputs,
-        donated=sum(map(size_bytes, aliased)),
+        donated=sum(map(buffers.nbytes, aliased)),
         temporaries=run.peak,
         peak=fixed + run.peak,
         alive=tuple(_alive(traced, run)),
