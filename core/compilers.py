@@ -16,9 +16,7 @@ Named as text, because what knows slices of TPUs stands above core, and is asked
 """
 
 
-def peak_bytes(
-    function: Callable[..., Any], shapes: tuple[Any, ...], donated: tuple[int, ...], target: Target
-) -> int:
+def peak_bytes(function: Callable[..., Any], shapes: tuple[Any, ...], donated: tuple[int, ...], target: Target) -> int:
     """Compiles a function for one device of a target. Compiled, not predicted.
 
     Args:

@@ -55,16 +55,12 @@ def compile_function(
         return compile_for(Request(target, {"device": target.num_devices}, f"{__name__}:build", arguments))
 
 
-def peak_bytes(
-    function: Callable[..., Any], shapes: tuple[Any, ...], donated: tuple[int, ...], target: Target
-) -> int:
+def peak_bytes(function: Callable[..., Any], shapes: tuple[Any, ...], donated: tuple[int, ...], target: Target) -> int:
     """What `compax.compilers.peak_bytes` asks for; of a function that does not fit, what the compiler says it needs."""
     compiled = compile_function(function, shapes, donated, target)
     memory, shortage = compiled.memory, compiled.shortage
     if memory is not None:
-        return needed_bytes(
-            target.chip.platform, memory.arguments + memory.outputs, memory.temporaries, memory.peak
-        )
+        return needed_bytes(target.chip.platform, memory.arguments + memory.outputs, memory.temporaries, memory.peak)
     if shortage is None or shortage.needed is None:
         raise CompileError(
             f"the function does not fit into a device of {target}, and the compiler does not say what it needs: "

@@ -189,7 +189,11 @@ class Buffers:
             elif not self._fusible(node):
                 self._kept.update(node.outputs)
                 for x in node.inputs:
-                    x = self._through_layout(x) if node.op.name in PRODUCTS and not self.backend.library_reductions else x
+                    x = (
+                        self._through_layout(x)
+                        if node.op.name in PRODUCTS and not self.backend.library_reductions
+                        else x
+                    )
                     if self._reads_buffers(node) and x in self._producer:
                         self._kept.add(x)
         self._kept.update(x for x in self._returned if x in self._producer)

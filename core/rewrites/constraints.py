@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from compax import _jax, ir
 from compax.capture import Captured
-from compax.constraint import constrain
+from compax.constraint import CONSTRAIN, constrain
 from compax.errors import RewriteError
 from compax.ir import Graph, Op, Operand, Path, Value
 from compax.rewrites.splice import emit
@@ -196,17 +196,19 @@ def _forgetting(body: Graph) -> Graph:
 
     Kept, they would be the whole stack on every device: more than what their storage in parts saves.
     """
-    policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-    template = ir.trace(
-        jax.checkpoint(jnp.sin, policy=policy, prevent_cse=False), jax.core.ShapedArray((), jnp.float32)
-    )
-    (remat,) = template.ops
+    like = _jax.abstract(jax.ShapeDtypeStruct((), jnp.float32))
+    (remat,) = ir.trace(jax.checkpoint(jnp.sin, policy=_all_but_gathered, prevent_cse=False), like).ops
     if body.constants:
         return body
     outputs = tuple(Value(x.aval) for x in body.outputs)
     inputs = tuple(Value(x.aval) for x in body.inputs)
     op = dataclasses.replace(remat, inputs=inputs, outputs=outputs, bodies=(body,))
     return dataclasses.replace(body, inputs=inputs, ops=(op,), outputs=outputs, imported=False)
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """A policy of `jax.checkpoint`. What is constrained comes from its source, which takes less where it is split."""
+    return primitive.name != CONSTRAIN and not (primitive.name == "name" and parameters["name"] == GATHERED)
 
 
 def _casts(graph: Graph, x: Value) -> list[Op]:
