@@ -1,7 +1,7 @@
 """Instruments: what watches passes from outside. The manager calls them around every pass; they know no pass.
 
-`Verify` and `Numerics` check, and are on unless a pipeline is told otherwise; `Timing`, `PrintAfter`, `Journal` and
-`CostDelta` report; `Reproducer` leaves a file that replays a failure.
+`Verify` and `Numerics` check, and are on unless a pipeline is told otherwise; `Timing`, `PrintAfter` and
+`Journal` report, as `compax.price.Price` does; `Reproducer` leaves a file that replays a failure.
 """
 
 import dataclasses
@@ -130,23 +130,6 @@ class PrintAfter(Instrument):
         return Measured()
 
 
-class CostDelta(Instrument):
-    """Records what figures of a program a pass changed.
-
-    Args:
-        cost: figures of a program by name.
-    """
-
-    def __init__(self, cost: Callable[[Program], Mapping[str, float]]) -> None:
-        self._cost = cost
-
-    def after(self, step: Step) -> Measured:
-        if not step.result.changed:
-            return Measured()
-        before, after = self._cost(step.before), self._cost(step.program)
-        return Measured({name: (before[name], after[name]) for name in before if name in after})
-
-
 class Verify(Instrument):
     """Checks the structure of what a pass returns, and that it neither adds nor drops parameters without saying so."""
 
@@ -190,7 +173,7 @@ class Numerics(Instrument):
         compiled = not pass_.promise().operation_by_operation
         if self._seen is not None:
             seen, with_inputs, observation = self._seen
-            if _computes_the_same(seen, program) and with_inputs is inputs and observation.compiled == compiled:
+            if computes_the_same(seen, program) and with_inputs is inputs and observation.compiled == compiled:
                 return observation
         observation = observe(program, inputs, compiled=compiled)
         self._seen = program, inputs, observation
@@ -211,7 +194,8 @@ class Numerics(Instrument):
         return Measured(metrics)
 
 
-def _computes_the_same(one: Program, other: Program) -> bool:
+def computes_the_same(one: Program, other: Program) -> bool:
+    """Whether two programs are the same but for their history."""
     return one.params is other.params and one.state is other.state and one.graphs is other.graphs
 
 

@@ -205,6 +205,17 @@ class Placement:
         check_memory(device, self.memories)
 
 
+def entries_of(spec: PartitionSpec, dimensions: int) -> list[tuple[str, ...]]:
+    """The mesh axes of each dimension."""
+    found = [() if names is None else (names,) if isinstance(names, str) else tuple(names) for names in spec]
+    return found + [()] * (dimensions - len(found))
+
+
+def axes_of(spec: PartitionSpec) -> list[str]:
+    """The mesh axes that a spec uses."""
+    return [name for names in entries_of(spec, len(spec)) for name in names]
+
+
 def mesh_text(mesh: Mesh | AbstractMesh) -> str:
     """The axes of a mesh and their sizes, as in `data=4, tensor=2`."""
     return ", ".join(f"{name}={size}" for name, size in mesh.shape.items())

@@ -42,6 +42,29 @@ def flops_text(count: float) -> str:
     return _scaled(count, (" FLOPs", " kFLOPs", " MFLOPs", " GFLOPs", " TFLOPs", " PFLOPs"))
 
 
+def seconds_text(seconds: float) -> str:
+    """A duration with its unit: 1.23 s, 45.6 ms, 7.8 us."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def figure_text(name: str, value: Any) -> str:
+    """A figure in the unit that its name ends in: `peak_bytes` in bytes, `step_flops`, `step_seconds`.
+
+    A pair is before and after; what is not known is a question mark.
+    """
+    if isinstance(value, tuple):
+        return " -> ".join(figure_text(name, each) for each in value)
+    if value is None:
+        return "?"
+    for unit, text in (("bytes", bytes_text), ("flops", flops_text), ("seconds", seconds_text)):
+        if name.endswith(f"_{unit}"):
+            return text(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def share_text(share: float) -> str:
     """A share in percent. Only what is all reads 100 %, and only what is nothing 0 %."""
     if share in (0.0, 1.0):

@@ -19,7 +19,7 @@ from compax.capture import Captured
 from compax.contracts import Contract, Exact
 from compax.encoding import nbytes
 from compax.errors import PipelineError
-from compax.printing import bytes_text
+from compax.printing import bytes_text, figure_text
 from compax.program import Program
 from compax.selectors import AnyNamed, Named, Selector
 
@@ -107,7 +107,7 @@ class PassRecord:
         before: size of the parameters that it was given.
         after: size of the parameters that it left.
         seconds: time that it took.
-        metrics: what instruments measured; a pair is (before, after).
+        metrics: what instruments found, by name; bytes, FLOPs and seconds say so at its end. A pair is (before, after).
     """
 
     pass_: "Pass"
@@ -139,14 +139,8 @@ class PassRecord:
             ("", bytes_text(self.before.nbytes), bytes_text(self.after.nbytes)),
         ):
             parts.append(f"{before if before == after else f'{before} -> {after}'} {what}".strip())
-        parts += [f"{name} {_metric_text(value)}" for name, value in self.metrics.items()]
+        parts += [f"{name} {figure_text(name, value)}" for name, value in self.metrics.items()]
         return f"{self.text}: {', '.join([*parts, f'{self.seconds:.2f} s', *self.notes])}"
-
-
-def _metric_text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " -> ".join(map(_metric_text, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

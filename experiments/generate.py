@@ -23,6 +23,7 @@ from compax.experiments import runs
 from compax.experiments.config import Config, closest
 from compax.experiments.console import Console
 from compax.experiments.tokenizer import Tokenizer
+from compax.instruments import Instrument
 from compax.models import load_decoder, load_tokenizer, smollm2_path
 from compax.models.decoder import DecoderConfig, KVCache
 
@@ -214,11 +215,13 @@ def from_model(model: str, pipeline: str, prompts: Sequence[str], sampling: Samp
         generator(prompt).show(console, model)
 
 
-def captured(inner: Any, pipeline: str, name: str, ids: np.ndarray) -> compax.Program:
+def captured(
+    inner: Any, pipeline: str, name: str, ids: np.ndarray, instruments: Sequence[Instrument] = ()
+) -> compax.Program:
     """Captures a decoder on tokens, int32[tokens], and applies a pipeline, which is checked on them."""
     tokens = jnp.asarray(ids, jnp.int32)[None]
     program = compax.capture(inner, tokens, mode="eval", name=pathlib.Path(name).stem.split("-")[0])
-    return compax.Pipeline.parse(pipeline)(program, tokens)
+    return compax.Pipeline.parse(pipeline, instruments)(program, tokens)
 
 
 def weights_path(model: str) -> pathlib.Path:

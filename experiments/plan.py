@@ -6,9 +6,15 @@ The report as JSON (`--json=FILE`); bytes, FLOPs and seconds are of one device, 
     parameters, trainable (counts)
     fits             bool
     shortage         null, or {message, needed, limit}: the compiler's complaint
+    graph            predicted: what the graph says before it is compiled, or null for the loss alone:
+                     {share, product_flops {phase: FLOPs}, update_flops, traffic, seconds, peak, temporaries,
+                     timeline [bytes], phases [of each point], held [{site, phase, what, count, bytes}], missing};
+                     peak and temporaries are null where memory is not predicted, and missing says why
     memory           limit: bytes that a program can have, or null
                      predicted: {parameters, optimizer, state, batch, arguments}
                      compiled: {arguments, outputs, temporaries, code, peak, host, needed}, empty if it does not fit
+    passes           predicted: [{pass, figures {name: [before, after]}, notes}]: what each pass changed, all devices
+                     together but for collectives and seconds; null is unknown, and a note says why
     largest_parameters   [{path, format, shape, spec, bytes}]
     buffers          [{bytes, shape, name, op_name, count}]: the largest, compiled
     flops            predicted: {model}, all devices together; compiled: {device: {dtype: FLOPs}, unknown_loops}
@@ -112,7 +118,7 @@ def make_report(config: Config, options: Options, tell: Tell) -> Report:
     axes = mesh_axes(config, options.mesh, target)
     arguments = {"config": configs.to_json(config), "forward": options.forward, "target": str(target)}
     compiled = compile_for(Request(target, axes, BUILDER, arguments, options.hlo), tell)
-    facts = Facts(**compiled.facts)
+    facts = Facts.from_json(compiled.facts)
     tokens = options.tokens or float(TOKENS_PER_PARAMETER * facts.parameters)
     return Report(
         name=config.name,

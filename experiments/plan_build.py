@@ -15,14 +15,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import compax
+from compax.analysis.exchange import exchanged
 from compax.encoding import format_of
 from compax.experiments import config as configs
 from compax.experiments import programs, shardings
 from compax.experiments.config import Config
 from compax.experiments.optimizer import optimizer
+from compax.experiments.plan_predict import Prediction, predict
 from compax.experiments.shardings import StepSpecs
 from compax.experiments.step import TrainState, make_step
-from compax.passes.shard.rules import axes_of, spec_text
+from compax.instruments import Journal
+from compax.passes.shard.rules import spec_text
+from compax.placement import axes_of
+from compax.price import Price, price_json
 from compax.target import Target
 from compax.tpu.worker import Built
 
@@ -48,9 +53,10 @@ class Facts:
         gradient_bytes: gradients of the trained parameters, in their stored dtype.
         optimizer_split_bytes: the optimizer's state if it were split over the batch's axes as well.
         largest: the largest parameters: path, format, shape, spec, bytes on one device.
-        exchanged: bytes of collectives that the shardings ask for at least, by kind: gradients of parameters that the
-            batch's axes do not split are all-reduced; parameters that they do split are gathered twice and their
-            gradients scattered once.
+        exchanged: bytes of collectives that the shardings ask for at least, by kind: `compax.analysis.exchange`.
+        prediction: what the train step takes; none for the loss alone.
+        passes: what each pass of the pipeline changed of the price, all devices together: its text as `pass`, pairs of
+            before and after as `figures`, and `notes`.
     """
 
     entry: str
@@ -66,6 +72,14 @@ class Facts:
     optimizer_split_bytes: int
     largest: tuple[tuple[str, str, tuple[int, ...], str, int], ...]
     exchanged: Mapping[str, int]
+    prediction: Prediction | None = None
+    passes: tuple[Mapping[str, Any], ...] = ()
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Facts:
+        """Facts that went through JSON."""
+        given = found["prediction"]
+        return cls(**{**found, "prediction": None if given is None else Prediction.from_json(given)})
 
     @property
     def argument_bytes(self) -> int:
@@ -85,7 +99,9 @@ def build(mesh: Mesh, arguments: Mapping[str, Any]) -> Built:
     """
     config = configs.from_json(arguments["config"], where="the config")
     vocabulary = config.tokenizer.vocabulary
-    program = programs.build_program(config, vocabulary, abstract=True, target=Target.parse(arguments["target"]))
+    target, journal = Target.parse(arguments["target"]), Journal()
+    watching = (Price(target), journal)
+    program = programs.build_program(config, vocabulary, abstract=True, target=target, instruments=watching)
     axes = dict(mesh.shape)
     specs = shardings.step_specs(config, program, axes)
     tokens_spec = shardings.batch_spec(specs.batch, axes, programs.micro_batch(config))
@@ -96,6 +112,10 @@ def build(mesh: Mesh, arguments: Mapping[str, Any]) -> Built:
     else:
         traced, placed = _train(mesh, config, program, specs, tokens)
     facts = _facts(config, program, specs, mesh, placed, tokens, forward=arguments["forward"])
+    facts = dataclasses.replace(facts, passes=tuple(map(price_json, journal.records)))
+    if not arguments["forward"]:
+        prediction = predict(config, program, specs, axes, Target.parse(arguments["target"]))
+        facts = dataclasses.replace(facts, prediction=prediction)
     return Built(traced, dataclasses.asdict(facts))
 
 
@@ -176,14 +196,7 @@ def _facts(
     passes = 1 if forward else 2 + trained / total
     whole = {**state.params, **frozen}
     sizes = {path: shardings.device_bytes(value) for path, value in whole.items()}
-    split = math.prod(mesh.shape[name] for name in specs.batch)
-    exchanged: dict[str, int] = {}
-    gradients = 0
-    for path in trainable if not forward else ():
-        over = set(axes_of(specs.params[path])).intersection(specs.batch)
-        gathered = math.prod(mesh.shape[name] for name in over)
-        gradients += sizes[path]
-        _count(exchanged, path, sizes, gathered, parts, split)
+    trained_sizes = {path: sizes[path] for path in trainable if not forward}
     optimizer_bytes = shardings.device_bytes(state.optimizer)
     return Facts(
         entry=entry,
@@ -197,25 +210,22 @@ def _facts(
         optimizer_bytes=optimizer_bytes,
         state_bytes=shardings.device_bytes((state.state, state.updates, state.skipped)),
         batch_bytes=shardings.device_bytes(tokens),
-        gradient_bytes=gradients,
+        gradient_bytes=sum(trained_sizes.values()),
         optimizer_split_bytes=_split_bytes(state, specs.batch, mesh),
         largest=tuple(
             (path, format_of(whole[path]), tuple(whole[path].shape), spec_text(specs.params[path]), sizes[path])
             for path in sorted(sizes, key=lambda path: -sizes[path])[:_LARGEST]
         ),
-        exchanged=exchanged,
+        exchanged=exchanged(
+            trained_sizes,
+            specs.params,
+            specs.batch,
+            mesh.shape,
+            gradients=specs.gradients,
+            optimizer=specs.optimizer,
+            parts=parts,
+        ),
     )
-
-
-def _count(
-    exchanged: dict[str, int], path: str, sizes: Mapping[str, int], gathered: int, parts: int, split: int
-) -> None:
-    """Adds the bytes that one trained parameter's sharding asks for."""
-    if gathered > 1:
-        exchanged["all-gather"] = exchanged.get("all-gather", 0) + 2 * parts * sizes[path] * gathered
-        exchanged["reduce-scatter"] = exchanged.get("reduce-scatter", 0) + parts * sizes[path] * gathered
-    if split > gathered:
-        exchanged["all-reduce"] = exchanged.get("all-reduce", 0) + parts * sizes[path]
 
 
 def _split_bytes(state: TrainState, batch: tuple[str, ...], mesh: Mesh) -> int:

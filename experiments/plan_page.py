@@ -3,46 +3,40 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from compax.experiments import plan_text
+from compax.experiments import plan_pictures, plan_text
 from compax.experiments.plan_report import Report
-from compax.printing import bytes_text, flops_text
+from compax.price import COLUMNS, price_rows
+from compax.printing import bytes_text
 
 if TYPE_CHECKING:
     from compax.experiments.sweep import Point
 
-COLOURS = {
-    "parameters": "#5b8def",
-    "optimizer state": "#9b7fe0",
-    "other arguments": "#c3c7d1",
-    "temporaries": "#f2a65a",
-    "outputs": "#6cc3a0",
-    "code": "#8a8f9c",
-    "all-gather": "#5b8def",
-    "reduce-scatter": "#6cc3a0",
-    "all-reduce": "#e4708a",
-    "all-to-all": "#9b7fe0",
-    "permute": "#f2a65a",
-    "compute": "#5b8def",
-    "memory": "#f2a65a",
-    "links that hide": "#b9e0cf",
-    "links that wait": "#e4708a",
-}
-"""The colour of each kind."""
-
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #1d2129; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+:root { color-scheme: light dark; --text: #1d2129; --quiet: #6a7180; --line: #e3e6ec; --plot: #f7f8fa; --page: #ffffff;
+  --yes: #1d7a46; --no: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e7ee; --quiet: #9aa3b2; --line: #363c48; --plot: #20252e;
+  --page: #16191f; --yes: #5cc98a; --no: #ff8a80; } }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: var(--text);
+  background: var(--page); }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .6rem 0; font-size: .92rem; }
-th, td { padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px solid #e3e6ec; vertical-align: top; }
-td + td { font-variant-numeric: tabular-nums; } .mono { font-family: ui-monospace, monospace; font-size: .85rem; }
-svg { max-width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: #1d2129; }
-svg .quiet { fill: #6a7180; } .yes { color: #1d7a46; } .no { color: #b3261e; } .note { color: #6a7180; }
+th, td { padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px solid var(--line);
+  vertical-align: baseline; }
+td { font-variant-numeric: tabular-nums; white-space: pre; }
+td.wide { white-space: normal; overflow-wrap: anywhere; }
+.mono { font-family: ui-monospace, monospace; font-size: .85rem; }
+svg { max-width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: var(--text); }
+svg .quiet { fill: var(--quiet); } svg .plot { fill: var(--plot); } svg .grid { stroke: var(--line); }
+svg .stroke { stroke: var(--text); fill: none; } svg .limit { stroke: var(--no); }
+svg .front { stroke: var(--yes); fill: none; }
+.yes { color: var(--yes); } .no { color: var(--no); } .note { color: var(--quiet); }
 """
-_WIDTH = 900
+
+
+_SITES = 12
 
 
 def page(reports: Sequence[Report], points: Sequence[Point] = ()) -> str:
@@ -54,7 +48,7 @@ def page(reports: Sequence[Report], points: Sequence[Point] = ()) -> str:
     """
     parts: list[str] = []
     if points:
-        parts += [f"<h1>{len(points)} plans</h1>", _pareto(points), _sweep_table(points)]
+        parts += [f"<h1>{len(points)} plans</h1>", plan_pictures.pareto(points), _sweep_table(points)]
     for report in reports:
         parts += _report(report, heading="h1" if not points else "h2", brief=bool(points))
     title = html.escape(reports[0].name if reports else "plans")
@@ -71,46 +65,76 @@ def _report(report: Report, *, heading: str, brief: bool) -> list[str]:
     parts += [f"<p>{html.escape(line)}</p>" for line in lines[1:-1]]
     parts.append(f'<p class="{fits}"><b>{html.escape(lines[-1])}</b></p>')
     parts += [f'<p class="note">Note: {html.escape(note)}.</p>' for note in plan_text.notes(report)]
-    parts += ["<h2>Memory of a device</h2>", _memory(report)]
+    parts += ["<h2>Memory of a device</h2>", plan_pictures.memory(report)]
     if brief:
         return parts
     parts.append(_table(("", "predicted", "compiled"), plan_text.memory_rows(report)))
+    parts += _over_the_step(report)
     if report.compiled.buffers:
         parts += ["<h2>Largest buffers (compiled)</h2>", _buffers(report)]
     parts += ["<h2>Largest parameters (predicted)</h2>", _parameters(report)]
     if report.totals:
         columns = ("kind", "count", "payload", "predicted", "on links", "seconds (predicted)")
-        parts += ["<h2>Collectives of a device, one step (compiled)</h2>", _collectives(report)]
+        parts += ["<h2>Collectives of a device, one step (compiled)</h2>", plan_pictures.collectives(report)]
         parts.append(_table(columns, plan_text.collective_rows(report)))
     if report.fits:
-        parts += ["<h2>Where the time goes (predicted)</h2>", _times(report)]
+        parts += ["<h2>Where the time goes (predicted)</h2>", plan_pictures.times(report)]
         parts.append(_table(("", "predicted", "compiled"), plan_text.step_rows(report)))
-        parts += ["<h2>Roofline (predicted peaks, compiled work)</h2>", _roofline(report)]
+        parts += ["<h2>Roofline (predicted peaks, compiled work)</h2>", plan_pictures.roofline(report)]
         parts += ["<h2>Training (predicted)</h2>", _table(("", ""), plan_text.training_rows(report))]
+    if report.facts.passes:
+        parts += ["<h2>What each pass changed (predicted, all devices)</h2>", _passes(report)]
     parts += ["<h2>Where the chip's figures are from</h2>", _sources(report)]
     return parts
+
+
+def _over_the_step(report: Report) -> list[str]:
+    """Memory along the step, and what is there at the peak."""
+    prediction = report.facts.prediction
+    if prediction is None:
+        return []
+    parts = ["<h2>Memory over the step (predicted)</h2>"]
+    if prediction.missing:
+        return [*parts, f'<p class="note">Not predicted: {html.escape(prediction.missing)}.</p>']
+    parts.append(plan_pictures.timeline(report, prediction))
+    parts += ["<h2>Beside arguments at the peak, by site (predicted)</h2>"]
+    columns = ("size", "number", "site", "phase", "largest")
+    return [*parts, _table(columns, plan_text.held_rows(report)[:_SITES], mono=(2, 4))]
 
 
 # -- Tables -----------------------------------------------------------------------------------------------------------
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], mono: Sequence[int] = ()) -> str:
+def _table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], mono: Sequence[int] = (), wide: Sequence[int] = ()
+) -> str:
+    """A table; cells of the columns `mono` are in letters of one width, those of `wide` may be broken."""
+
+    def kind(place: int) -> str:
+        classes = ["mono"] * (place in mono) + ["wide"] * (place in wide)
+        return f' class="{" ".join(classes)}"' if classes else ""
+
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td class="mono">{html.escape(cell)}</td>' if place in mono else f"<td>{html.escape(cell)}</td>"
-            for place, cell in enumerate(row)
-        )
-        + "</tr>"
+        "<tr>" + "".join(f"<td{kind(place)}>{html.escape(cell)}</td>" for place, cell in enumerate(row)) + "</tr>"
         for row in rows
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _buffers(report: Report) -> str:
     rows = [(bytes_text(each.bytes), each.shape, each.op_name or each.name) for each in report.compiled.buffers]
-    return _table(("size", "shape", "operation"), rows, mono=(1, 2))
+    return _table(("size", "shape", "operation"), rows, mono=(1, 2), wide=(2,))
+
+
+def _passes(report: Report) -> str:
+    """The price after each pass, as a share of that before the first one, and the figures."""
+    found: list[str] = []
+    for each in report.facts.passes:
+        found += [f'<h3 class="mono">{html.escape(each["pass"])}</h3>', plan_pictures.deltas(each["figures"])]
+        found.append(_table(COLUMNS, price_rows(each["figures"])))
+        found += [f'<p class="note">Note: {html.escape(note)}.</p>' for note in each["notes"]]
+    return "".join(found)
 
 
 def _parameters(report: Report) -> str:
@@ -122,7 +146,9 @@ def _parameters(report: Report) -> str:
 
 def _sources(report: Report) -> str:
     chip = report.target.chip
-    return _table((chip.name, ""), [(name.replace("_", " "), source) for name, source in chip.sources.items()])
+    return _table(
+        (chip.name, ""), [(name.replace("_", " "), source) for name, source in chip.sources.items()], wide=(1,)
+    )
 
 
 def _sweep_table(points: Sequence[Point]) -> str:
@@ -142,183 +168,3 @@ def _sweep_table(points: Sequence[Point]) -> str:
             mfu = f"{economy.mfu:.1%}" if economy else ""
             rows.append((name, bytes_text(peak), plan_text.seconds_text(times.step), mfu))
     return _table(("settings", "peak of a device (compiled)", "step (predicted)", "MFU (predicted)"), rows, mono=(0,))
-
-
-# -- Pictures ---------------------------------------------------------------------------------------------------------
-
-
-def _svg(height: float, parts: Iterable[str], label: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" width="{_WIDTH}" height="{height:.0f}" role="img" '
-        f'aria-label="{html.escape(label)}">{"".join(parts)}</svg>'
-    )
-
-
-def _text(x: float, y: float, text: str, *, anchor: str = "start", quiet: bool = False) -> str:
-    kind = ' class="quiet"' if quiet else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}>{html.escape(text)}</text>'
-
-
-def _stacked(parts: Sequence[tuple[str, float, str]], most: float, label: str, limit: tuple[float, str] | None) -> str:
-    """A bar of parts (kind, size, size in words), with a limit marked."""
-    scale, drawn, place, legend = (_WIDTH - 40) / most if most else 0.0, list[str](), 20.0, 20.0
-    row = 74.0
-    for kind, size, words in parts:
-        width = size * scale
-        drawn.append(
-            f'<rect x="{place:.2f}" y="20" width="{max(width, 0.5):.2f}" height="34" fill="{COLOURS[kind]}">'
-            f"<title>{html.escape(f'{kind}: {words}')}</title></rect>"
-        )
-        place += width
-        entry = f"{kind} {words}"
-        if legend + len(entry) * 6.6 + 30 > _WIDTH:
-            legend, row = 20.0, row + 20
-        drawn.append(f'<rect x="{legend}" y="{row - 10}" width="11" height="11" fill="{COLOURS[kind]}"/>')
-        drawn.append(_text(legend + 16, row, entry))
-        legend += len(entry) * 6.6 + 36
-    if limit is not None:
-        x = 20 + limit[0] * scale
-        drawn.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="14" y2="60" stroke="#b3261e" stroke-width="2"/>')
-        drawn.append(_text(x - 4, 12, limit[1], anchor="end"))
-    return _svg(row + 14, drawn, label)
-
-
-def _memory(report: Report) -> str:
-    """Memory of a device by kind, against what there is."""
-    facts, memory, limit, shortage = report.facts, report.compiled.memory, report.limit_bytes, report.compiled.shortage
-    sizes = {
-        "parameters": facts.parameter_bytes,
-        "optimizer state": facts.optimizer_bytes,
-        "other arguments": facts.state_bytes + facts.batch_bytes,
-    }
-    if memory is not None:
-        # Padding of layouts is the arguments' as well.
-        sizes["other arguments"] += max(memory.arguments - facts.argument_bytes, 0)
-        sizes |= {"temporaries": memory.temporaries, "outputs": memory.outputs, "code": memory.code}
-    elif shortage is not None and shortage.needed is not None:
-        sizes["temporaries"] = max(shortage.needed - facts.argument_bytes, 0)
-    parts = [(kind, float(size), bytes_text(size)) for kind, size in sizes.items() if size]
-    most = max(sum(sizes.values()), limit or 0)
-    mark = None if limit is None else (float(limit), f"{bytes_text(limit)} there are")
-    return _stacked(parts, most * 1.02, "memory of a device by kind", mark)
-
-
-def _collectives(report: Report) -> str:
-    """What goes over links, by kind."""
-    parts = [(kind, total.wire_bytes, bytes_text(total.wire_bytes)) for kind, total in report.totals.items()]
-    return _stacked(parts, sum(size for _, size, _ in parts) * 1.02, "bytes over links by kind", None)
-
-
-def _times(report: Report) -> str:
-    """What runs side by side, and what waits: bars on one scale of time."""
-    times = report.times
-    assert times is not None
-    rows = [
-        ("compute", times.compute, 0.0),
-        ("memory", times.memory, 0.0),
-        ("links that hide", times.hidden or 0.0, 0.0),
-        ("links that wait", times.waits or 0.0, times.step - (times.waits or 0.0)),
-    ]
-    scale = (_WIDTH - 260) / times.step if times.step else 0.0
-    drawn: list[str] = []
-    for place, (kind, seconds, start) in enumerate(rows):
-        y = 12 + place * 30
-        x = 130 + start * scale
-        drawn.append(_text(122, y + 14, kind, anchor="end"))
-        drawn.append(
-            f'<rect x="{x:.2f}" y="{y}" width="{max(seconds * scale, 0.5):.2f}" height="20" fill="{COLOURS[kind]}"/>'
-        )
-        drawn.append(_text(x + seconds * scale + 6, y + 14, plan_text.seconds_text(seconds), quiet=True))
-    x = 130 + times.step * scale
-    drawn.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="134" stroke="#1d2129" stroke-dasharray="4 3"/>')
-    drawn.append(_text(x, 150, f"step: {plan_text.seconds_text(times.step)}", anchor="end"))
-    return _svg(160, drawn, "where the time of a step goes")
-
-
-def _roofline(report: Report) -> str:
-    """FLOPs for each byte, against what chip and memory allow, on logarithmic scales."""
-    target, compiled = report.target, report.compiled
-    flops, traffic = sum(compiled.flops.values()), compiled.traffic
-    if not flops or not traffic:
-        return '<p class="note">The step has no matrix products, or moves nothing.</p>'
-    peak, bandwidth = target.rate(report.dtype).flops_per_second, target.device_memory_bandwidth
-    intensity, ridge = flops / traffic, peak / bandwidth
-    left, right, top, bottom = 110.0, _WIDTH - 30.0, 24.0, 300.0
-    low = math.floor(math.log10(min(intensity, ridge))) - 1
-    high = math.ceil(math.log10(max(intensity, ridge))) + 1
-    ceiling = math.log10(peak) + 0.4
-    floor = math.log10(bandwidth) + low
-
-    def x(value: float) -> float:
-        return left + (math.log10(value) - low) / (high - low) * (right - left)
-
-    def y(value: float) -> float:
-        return bottom - (math.log10(value) - floor) / (ceiling - floor) * (bottom - top)
-
-    drawn = [f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" fill="#f7f8fa"/>']
-    for power in range(low, high + 1):
-        place = x(10.0**power)
-        drawn.append(f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{top}" y2="{bottom}" stroke="#e3e6ec"/>')
-        drawn.append(_text(place, bottom + 18, f"{10.0**power:g}", anchor="middle", quiet=True))
-    for power in range(math.ceil(floor), math.floor(ceiling) + 1):
-        place = y(10.0**power)
-        drawn.append(f'<line x1="{left}" x2="{right}" y1="{place:.1f}" y2="{place:.1f}" stroke="#e3e6ec"/>')
-        drawn.append(_text(left - 8, place + 4, f"{flops_text(10.0**power)}/s", anchor="end", quiet=True))
-    drawn.append(
-        f'<polyline fill="none" stroke="#1d2129" stroke-width="2" points="{x(10.0**low):.1f},{y(10.0**floor):.1f} '
-        f'{x(ridge):.1f},{y(peak):.1f} {right:.1f},{y(peak):.1f}"/>'
-    )
-    reached = min(peak, intensity * bandwidth)
-    drawn.append(f'<circle cx="{x(intensity):.1f}" cy="{y(reached):.1f}" r="6" fill="#e4708a"/>')
-    middle = "end" if x(intensity) > (left + right) / 2 else "start"
-    shift = -12 if middle == "end" else 12
-    words = f"the step: {intensity:.0f} FLOPs a byte, at most {flops_text(reached)}/s"
-    drawn.append(_text(x(intensity) + shift, y(reached) + 22, words, anchor=middle))
-    drawn.append(_text(right, y(peak) - 8, f"peak {flops_text(peak)}/s of {report.dtype}", anchor="end"))
-    drawn.append(_text((left + right) / 2, bottom + 38, "FLOPs for each byte of memory traffic", anchor="middle"))
-    return _svg(bottom + 50, drawn, "roofline of the step")
-
-
-def _pareto(points: Sequence[Point]) -> str:
-    """Peak memory against device time of a token, for what fits."""
-    from compax.experiments.sweep import best, coordinates
-
-    front = best(points)
-    found = [
-        (index, point, place)
-        for index, point in enumerate(points)
-        if point.report is not None and (place := coordinates(point.report)) is not None
-    ]
-    if not found:
-        return '<p class="no">None of them fits.</p>'
-    left, right, top, bottom = 90.0, _WIDTH - 40.0, 20.0, 340.0
-    most = (max(place[0] for *_, place in found) * 1.1, max(place[1] for *_, place in found) * 1.15)
-
-    def x(value: float) -> float:
-        return left + value / most[0] * (right - left)
-
-    def y(value: float) -> float:
-        return bottom - value / most[1] * (bottom - top)
-
-    drawn = [f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" fill="#f7f8fa"/>']
-    for part in range(6):
-        size, seconds = most[0] * part / 5, most[1] * part / 5
-        drawn.append(_text(x(size), bottom + 18, bytes_text(size), anchor="middle", quiet=True))
-        drawn.append(_text(left - 8, y(seconds) + 4, plan_text.seconds_text(seconds), anchor="end", quiet=True))
-    line = sorted(place for index, _, place in found if index in front)
-    drawn.append(
-        '<polyline fill="none" stroke="#1d7a46" stroke-dasharray="4 3" points="'
-        + " ".join(f"{x(size):.1f},{y(seconds):.1f}" for size, seconds in line)
-        + '"/>'
-    )
-    for index, point, (size, seconds) in found:
-        colour = "#1d7a46" if index in front else "#8a8f9c"
-        drawn.append(
-            f'<circle cx="{x(size):.1f}" cy="{y(seconds):.1f}" r="6" fill="{colour}">'
-            f"<title>{html.escape(point.label)}</title></circle>"
-        )
-        anchor, shift = ("end", -10) if x(size) > (left + right) / 2 else ("start", 10)
-        drawn.append(_text(x(size) + shift, y(seconds) - 6, point.label, anchor=anchor))
-    words = "peak memory of a device (compiled), against device-seconds for a token (predicted): less is better"
-    drawn.append(_text(left, bottom + 40, words))
-    return _svg(bottom + 50, drawn, "plans by memory and time")

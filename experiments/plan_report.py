@@ -128,14 +128,24 @@ class Report:
         """Where the time of a step goes; None for a program that does not fit."""
         if not self.fits:
             return None
-        # The devices that a CPU stands for share it.
-        share = self.devices if self.target.chip.platform == "cpu" else 1
+        share = self._sharing
         work = {dtype: flops * share for dtype, flops in self.compiled.flops.items()}
         roofline = self.target.roofline(work, self.compiled.traffic * share)
         apart = [found for found in self.compiled.collectives if found.asynchronous]
         awaited = [found for found in self.compiled.collectives if not found.asynchronous]
         compute = sum(roofline.compute_seconds.values())
         return Times(compute, roofline.memory_seconds, _sum(self.target, apart), _sum(self.target, awaited))
+
+    @property
+    def graph_seconds(self) -> float | None:
+        """Predicted seconds of a step by its graph, kernel by kernel; None for the loss alone."""
+        prediction = self.facts.prediction
+        return None if prediction is None else prediction.seconds * self._sharing
+
+    @property
+    def _sharing(self) -> int:
+        """How many devices share a chip's speed: those that a CPU stands for do."""
+        return self.devices if self.target.chip.platform == "cpu" else 1
 
     @property
     def dtype(self) -> str:
@@ -212,6 +222,7 @@ def _json(report: Report) -> dict[str, Any]:
     memory, times, economy = compiled.memory, report.times, report.economy()
     shortage = compiled.shortage
     made = dataclasses.asdict(memory) if memory else {}
+    graph = facts.prediction and dataclasses.asdict(facts.prediction)
     return {
         "name": report.name,
         "target": str(target),
@@ -224,6 +235,7 @@ def _json(report: Report) -> dict[str, Any]:
         "parameters": facts.parameters,
         "trainable": facts.trainable,
         "fits": report.fits,
+        "graph": {"predicted": graph},
         "shortage": dataclasses.asdict(shortage) if shortage else None,
         "memory": {
             "limit": report.limit_bytes,
@@ -236,6 +248,7 @@ def _json(report: Report) -> dict[str, Any]:
             },
             "compiled": {**made, "needed": report.peak_bytes} if memory else {},
         },
+        "passes": {"predicted": [dict(each) for each in facts.passes]},
         "largest_parameters": [
             {"path": path, "format": form, "shape": list(shape), "spec": spec, "bytes": size}
             for path, form, shape, spec, size in facts.largest

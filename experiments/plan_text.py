@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compax.experiments.console import Console, amount
 from compax.experiments.plan_report import PUE, Report
+from compax.price import COLUMNS, price_rows
 from compax.printing import bytes_text, count_text, flops_text
 from compax.tpu.topology import mesh_text
 
@@ -18,6 +19,9 @@ def show(report: Report, console: Console) -> None:
     for line in head(report):
         console.say(line, style="bold")
     console.table("memory of a device", ("", "predicted", "compiled"), memory_rows(report))
+    if rows := held_rows(report):
+        columns = ("size", "number", "site", "phase", "largest")
+        console.table("beside arguments at the peak, by site (predicted)", columns, rows[:_BUFFERS])
     if report.compiled.buffers:
         console.table("largest buffers (compiled)", ("size", "shape", "operation"), buffer_rows(report))
     if report.totals:
@@ -26,6 +30,10 @@ def show(report: Report, console: Console) -> None:
     if report.fits:
         console.table("one step", ("", "predicted", "compiled"), step_rows(report))
         console.table(f"training on {amount(report.tokens)} tokens (predicted)", ("", ""), training_rows(report))
+    for each in report.facts.passes:
+        console.table(f"price of {each['pass']} (all devices)", COLUMNS, price_rows(each["figures"]))
+        for note in each["notes"]:
+            console.say(f"  note: {note}")
     for note in notes(report):
         console.say(f"note: {note}")
     seconds = report.compiled.seconds
@@ -55,10 +63,18 @@ def notes(report: Report) -> list[str]:
     """What is far from what the shardings ask for."""
     found: list[str] = []
     done, share = sum(report.compiled.flops.values()), report.facts.model_flops / report.devices
-    if done > _MUCH_WORK * share > 0:
+    prediction = report.facts.prediction
+    update = 0 if prediction is None else prediction.update_flops
+    if update > share / 3:
         found.append(
-            f"a device computes {done / share:.1f} times its share of the model's products (compiled): recomputation "
-            "is a third at most, so batch or parameters are not split as they were meant to be"
+            f"the optimizer's update has {flops_text(update)} of products, {update / share:.1f} times what the model "
+            "asks of a device, and no more devices make it less: a larger batch makes it matter less"
+        )
+    if done > _MUCH_WORK * share + update > update:
+        beside = " and the whole update" if update else ""
+        found.append(
+            f"a device computes {done / (share + update):.1f} times its share of the model's products{beside} "
+            "(compiled): recomputation is a third at most, so batch or parameters are not split as was meant"
         )
     for kind, total in report.totals.items():
         asked = report.facts.exchanged.get(kind, 0)
@@ -95,18 +111,37 @@ def memory_rows(report: Report) -> list[tuple[str, str, str]]:
         ("other state and the batch", bytes_text(facts.state_bytes + facts.batch_bytes), ""),
         ("arguments together", bytes_text(facts.argument_bytes), bytes_text(memory.arguments) if memory else ""),
     ]
-    if memory is not None:
+    prediction, temporaries, peak = facts.prediction, "", ""
+    if prediction is not None and prediction.temporaries is not None and prediction.peak is not None:
+        temporaries, peak = bytes_text(prediction.temporaries), bytes_text(prediction.peak)
         rows += [
-            ("temporaries", "", bytes_text(memory.temporaries)),
+            ("activations at the peak", bytes_text(prediction.kept("forward")), ""),
+            ("gradients, recomputed and working", bytes_text(prediction.kept("recompute", "backward")), ""),
+            ("the optimizer's update", bytes_text(prediction.kept("update")), ""),
+        ]
+    if memory is None:
+        rows += [("temporaries together", temporaries, ""), ("peak", peak, "")] if peak else []
+    else:
+        rows += [
+            ("temporaries together", temporaries, bytes_text(memory.temporaries)),
             ("outputs that reuse no argument", "", bytes_text(memory.outputs)),
             ("program code", "", bytes_text(memory.code)),
-            ("peak, as the compiler counts it", "", bytes_text(memory.peak)),
+            ("peak, as the compiler counts it", peak, bytes_text(memory.peak)),
         ]
         if memory.host:
             rows.append(("in the host's memory", "", bytes_text(memory.host)))
     if report.limit_bytes is not None:
         rows.append(("what a program can have", bytes_text(report.limit_bytes), ""))
     return rows
+
+
+def held_rows(report: Report) -> list[tuple[str, ...]]:
+    """What is in memory at the predicted peak beside arguments, by site."""
+    prediction = report.facts.prediction
+    return [
+        (bytes_text(held.bytes), str(held.count), held.site or "of no site", held.phase, held.what)
+        for held in (() if prediction is None else prediction.held)
+    ]
 
 
 def buffer_rows(report: Report) -> list[tuple[str, str, str]]:
@@ -139,18 +174,27 @@ def step_rows(report: Report) -> list[tuple[str, str, str]]:
     """Work and time of a step."""
     times, facts = report.times, report.facts
     assert times is not None
-    devices = report.devices
+    devices, prediction = report.devices, facts.prediction
     compiled = sum(report.compiled.flops.values())
-    return [
-        ("matrix products, all devices", flops_text(facts.model_flops), flops_text(compiled * devices)),
-        ("  of one device", flops_text(facts.model_flops / devices), flops_text(compiled)),
-        ("bytes to and from memory, a device", "", bytes_text(report.compiled.traffic)),
+    flops = facts.model_flops / devices if prediction is None else prediction.flops
+    rows = [
+        ("the model's products, all devices", flops_text(facts.model_flops), ""),
+        ("matrix products of a device", flops_text(flops), flops_text(compiled)),
+    ]
+    if prediction is not None:
+        rows += [(f"  {phase}", flops_text(done), "") for phase, done in prediction.product_flops.items()]
+    traffic = "" if prediction is None else bytes_text(prediction.traffic)
+    graph = "" if report.graph_seconds is None else seconds_text(report.graph_seconds)
+    rows += [
+        ("bytes to and from memory, a device", traffic, bytes_text(report.compiled.traffic)),
+        ("time by the graph, kernel by kernel", graph, ""),
         ("time to compute", seconds_text(times.compute), ""),
         ("time to move bytes", seconds_text(times.memory), ""),
         ("time of collectives that hide", seconds_text(times.hidden), ""),
         ("time of collectives that wait", seconds_text(times.waits), ""),
         (f"time of a step at least, bound by {times.bound}", seconds_text(times.step), ""),
     ]
+    return rows
 
 
 def training_rows(report: Report) -> list[tuple[str, str]]:

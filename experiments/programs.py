@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 import compax
 from compax.errors import ConfigError
 from compax.experiments.config import Config, closest
+from compax.instruments import Instrument
 from compax.models import decoder
 from compax.target import Target
 
@@ -81,7 +83,12 @@ def example_batch(config: Config) -> dict[str, jax.Array]:
 
 
 def build_program(
-    config: Config, vocabulary: int, *, abstract: bool = False, target: Target | None = None
+    config: Config,
+    vocabulary: int,
+    *,
+    abstract: bool = False,
+    target: Target | None = None,
+    instruments: Sequence[Instrument] = (),
 ) -> compax.Program:
     """Returns the program that a config trains: the model's loss, with the config's pipeline applied.
 
@@ -90,10 +97,11 @@ def build_program(
         vocabulary: of the tokenizer.
         abstract: shapes alone, no parameters.
         target: what the passes prepare it for; by default the devices of this process.
+        instruments: what watches the passes, besides the checks.
 
     Raises:
         CompaxError: The model or the pipeline is not valid.
     """
     program = capture(config, build_model(config, vocabulary, abstract=abstract))
     samples = () if abstract else (example_batch(config),)
-    return compax.Pipeline.parse(config.pipeline)(program, *samples, target=target)
+    return compax.Pipeline.parse(config.pipeline, instruments)(program, *samples, target=target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
 import jax
 
@@ -14,6 +15,7 @@ from compax.experiments import config as configs
 from compax.experiments.config import Config, run_directory
 from compax.experiments.console import Console
 from compax.experiments.evaluate import Evaluator
+from compax.instruments import Instrument
 from compax.models.decoder import DecoderConfig
 
 
@@ -68,10 +70,10 @@ def restore(config: Config, *, compressed: bool = False) -> Run:
     return Run(config, directory, step, program.replace(**found), shape, words)
 
 
-def transformed(run: Run, pipeline: str) -> compax.Program:
+def transformed(run: Run, pipeline: str, instruments: Sequence[Instrument] = ()) -> compax.Program:
     """Returns the run's program after a pipeline."""
     batch: dict[str, jax.Array] = programs.example_batch(run.config)
-    return compax.Pipeline.parse(pipeline)(run.program, batch, entry=programs.EVAL)
+    return compax.Pipeline.parse(pipeline, instruments)(run.program, batch, entry=programs.EVAL)
 
 
 def evaluate(config: Config, pipeline: str, console: Console, *, compressed: bool = False) -> None:

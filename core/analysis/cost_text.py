@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from compax import _jax, gathering, printing
 from compax.analysis.cost import UNOWNED, Cost, Part, Time
 from compax.analysis.kernels import Note
-from compax.printing import bytes_text, count_text, flops_text, share_text
+from compax.printing import bytes_text, count_text, flops_text, seconds_text, share_text
 
 _MOST_LISTED = 16
 _LEAST_SHARE = 0.001
@@ -57,14 +57,6 @@ def _time_lines(cost: Cost, time: Time) -> list[str]:
         ("  no less than", f"{seconds_text(time.bound_seconds)} ({parts})"),
     ]
     return [f"  {name:<17}{value}" for name, value in rows] + [f"    {text}" for text in time.assumptions]
-
-
-def seconds_text(seconds: float) -> str:
-    """A duration with its unit: 1.23 s, 45.6 ms, 7.8 us."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} us"
 
 
 _Row = tuple[str, tuple[str, ...], Part]

@@ -47,6 +47,7 @@ class Liveness:
         peak: the most that is alive of everything.
         alive: what makes the peak, inputs and reserved results left out, largest first.
         timeline: bytes in memory after each step, for a plot.
+        places: where each of those steps comes from.
     """
 
     arguments: Mapping[str, int]
@@ -56,6 +57,7 @@ class Liveness:
     peak: int
     alive: tuple[Alive, ...]
     timeline: tuple[int, ...]
+    places: tuple[Place | None, ...]
 
 
 def liveness(traced: Traced, platform: str, *, donated: Collection[str] = ()) -> Liveness:
@@ -92,6 +94,7 @@ def liveness(traced: Traced, platform: str, *, donated: Collection[str] = ()) ->
         peak=fixed + run.peak,
         alive=tuple(_alive(traced, run)),
         timeline=tuple(fixed + n for n in run.timeline),
+        places=tuple(traced.places.get(step.path) for step in buffers.steps),
     )
 
 

@@ -58,7 +58,7 @@ def traced_cost(
 
     def owner(op: Op, path: Path) -> str:
         place = found.places.get(path)
-        return UNOWNED if place is None or place.path is None else _owner(owners, place.path)
+        return UNOWNED if place is None or place.path is None else owner_of(owners, place.path)
 
     def phase(op: Op, path: Path) -> str:
         place = found.places.get(path)
@@ -93,7 +93,7 @@ def owner_names(program: "Program", entry: str | None = None) -> dict[Path, str]
     return names | {site.path: site.name for site in sites if site.uses}
 
 
-def _owner(names: Mapping[Path, str], path: Path) -> str:
+def owner_of(names: Mapping[Path, str], path: Path) -> str:
     """The name of what an operation or the nearest one around it belongs to."""
     if path in names:
         return names[path]

@@ -29,10 +29,10 @@ import compax
 from compax import lowering
 from compax.analysis.liveness import Liveness, liveness
 from compax.analysis.tracing import argument_shapes, evaluated, traced
+from compax.analysis.training import train_step
 from compax.errors import CompileError
 from compax.experiments.benchmarks import reporting, zoo
 from compax.models import decoder
-from compax.passes.remat.planning import train_step
 from compax.printing import bytes_text
 from compax.target import Target
 from compax.tpu import Request, compile_for

@@ -2,10 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from compax import _jax, ir
@@ -13,9 +12,9 @@ from compax.analysis import buffers as buffering
 from compax.analysis.buffers import BACKENDS, Backend, Buffers, Flat, Node, size_bytes
 from compax.analysis.cost_rules import Work, work
 from compax.analysis.liveness import Liveness, liveness
-from compax.analysis.tracing import Scoped, Traced, argument_shapes, evaluated, traced
+from compax.analysis.tracing import Traced
+from compax.analysis.training import train_step
 from compax.capture import Captured
-from compax.errors import CaptureError
 from compax.ir import Path, Value
 from compax.passes.remat.solving import Choice, Item, Layers, choose, priced
 from compax.program import Program
@@ -26,90 +25,6 @@ _MOST_GROUPS = 8
 _ROUNDS = 6
 _FUSED = 0.1
 """What computing a fused operation again costs, as a share of writing its result."""
-
-
-# -- The train step ---------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TrainStep:
-    """A train step over one graph of a program, as a function and the shapes that it takes.
-
-    Attributes:
-        function: from a `Scoped` evaluator and the arguments by name to what the step returns.
-        arguments: shapes by the kind of argument.
-        donated: kinds of arguments whose memory the results take.
-    """
-
-    function: Callable[..., Any]
-    arguments: Mapping[str, Any]
-    donated: tuple[str, ...] = ("parameter", "optimizer")
-
-    def traced(self, captured: Captured) -> Traced:
-        """The step with a graph of the program in it."""
-        return traced(self.function, captured, **self.arguments)
-
-    def plain(self, captured: Captured) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
-        """The step as a function of its arguments in order, their shapes, and which of them are donated."""
-        names = tuple(self.arguments)
-
-        def step(*given: Any) -> Any:
-            return self.function(Scoped(captured), **dict(zip(names, given, strict=True)))
-
-        donated = tuple(i for i, name in enumerate(names) if name in self.donated)
-        return step, tuple(self.arguments.values()), donated
-
-
-def returns_loss(captured: Captured) -> bool:
-    """Whether the first output of a graph is a number to differentiate."""
-    outputs = captured.graph.outputs
-    return bool(outputs) and outputs[0].shape == () and jnp.issubdtype(outputs[0].dtype, jnp.floating)
-
-
-def train_step(program: Program, captured: Captured, slots: int) -> TrainStep:
-    """The step of an optimizer that keeps some float32 arrays of the size of each parameter, as Adam keeps two.
-
-    Raises:
-        CaptureError: the first output of the graph is no loss.
-    """
-    if not returns_loss(captured):
-        raise CaptureError(
-            f"the entry '{captured.entry.name}' returns no loss, so there is no backward pass whose memory could be "
-            "planned; capture the model with its loss: compax.capture(model, batch, loss=function)"
-        )
-    trainable, frozen = program.partition()
-    shapes = jax.tree.map(_struct, (trainable, frozen, program.state))
-    moments = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes[0]) for _ in range(slots)]
-
-    def step(evaluator: Scoped, parameter: Any, frozen: Any, state: Any, optimizer: Any, argument: Any) -> Any:
-        def loss_of(trainable: Any) -> tuple[Any, list[Any]]:
-            first, *rest = evaluated(evaluator, {**frozen, **trainable}, state, argument)
-            return first, rest
-
-        (value, rest), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameter)
-        after = [
-            jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g.astype(m.dtype), moment, gradients) for moment in optimizer
-        ]
-        updates = after[0] if after else gradients
-        for other in after[1:]:
-            updates = jax.tree.map(lambda u, v: u / (jnp.sqrt(jnp.abs(v)) + 1e-8), updates, other)
-        changed = jax.tree.map(lambda p, u: (p - 1e-3 * u).astype(p.dtype), parameter, updates)
-        return changed, after, value, rest
-
-    return TrainStep(
-        step,
-        {
-            "parameter": shapes[0],
-            "frozen": shapes[1],
-            "state": shapes[2],
-            "optimizer": moments,
-            "argument": argument_shapes(captured),
-        },
-    )
-
-
-def _struct(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 # -- What the backward pass needs -------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ from typing import Any, ClassVar, Literal
 import jax
 
 from compax import compilers
+from compax.analysis.training import returns_loss
 from compax.capture import Captured
 from compax.composites.base import Attention
 from compax.contracts import Exact
 from compax.errors import PipelineError, SelectorError
 from compax.ir import Path
 from compax.meaning import Meaning
-from compax.passes.remat.planning import Planner, returns_loss
+from compax.passes.remat.planning import Planner
 from compax.passes.remat.searching import Meter, search, told
 from compax.printing import graph_text
 from compax.program import Program

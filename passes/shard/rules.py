@@ -20,6 +20,7 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from compax.errors import SelectorError, ShardingError
+from compax.placement import axes_of, entries_of
 from compax.selectors import select
 
 REGEX = "re:"
@@ -199,17 +200,6 @@ def spec_of(entries: Iterable[Sequence[str]]) -> PartitionSpec:
 def entry(names: Sequence[str]) -> Any:
     """The entry of a spec for a dimension that is split over some mesh axes."""
     return None if not names else names[0] if len(names) == 1 else tuple(names)
-
-
-def entries_of(spec: PartitionSpec, dimensions: int) -> list[tuple[str, ...]]:
-    """The mesh axes of each dimension."""
-    found = [() if names is None else (names,) if isinstance(names, str) else tuple(names) for names in spec]
-    return found + [()] * (dimensions - len(found))
-
-
-def axes_of(spec: PartitionSpec) -> list[str]:
-    """The mesh axes that a spec uses."""
-    return [name for names in entries_of(spec, len(spec)) for name in names]
 
 
 def spec_text(spec: PartitionSpec) -> str:

@@ -21,12 +21,11 @@ from compax.passes.shard.rules import (
     ARROW,
     AxisRule,
     ParameterRule,
-    axes_of,
-    entries_of,
     parameter_specs,
     spec_of,
     spec_text,
 )
+from compax.placement import axes_of, entries_of
 from compax.program import Program
 from compax.rewrites.constraints import Constraints, Laid, constrained
 from compax.target import Target

@@ -4,16 +4,13 @@ import io
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax import nnx
 
 import compax
 from compax.errors import CompaxError
-from compax.instruments import CostDelta, Instrument, Journal, Measured, PrintAfter, Step, Timing, observe
+from compax.instruments import Instrument, Journal, Measured, PrintAfter, Step, Timing
 from compax.pipeline import Pipeline
-from compax.transform import Context, Inputs, Pass
+from compax.transform import Context, Pass
 
 
 @pytest.fixture(scope="module")
@@ -108,56 +105,3 @@ def test_print_after_writes_to_standard_output(program: compax.Program, capsys: 
     printed = capsys.readouterr().out
     assert printed.startswith("after copy():\nprogram chain")
     assert "blocks.4" in printed
-
-
-def test_cost_delta(program: compax.Program) -> None:
-    def cost(program: compax.Program) -> dict[str, float]:
-        return {"kernels_bytes": float(sum(x.nbytes for path, x in program.params.items() if "kernel" in path))}
-
-    result = Pipeline.parse("quantize")(program, instruments=[CostDelta(cost)])
-    before, after = result.history[0].metrics["kernels_bytes"]
-    assert after < before
-
-
-class Counter(nnx.Module):
-    """Counts calls, adds a cache that is passed in, and returns something static besides."""
-
-    def __init__(self) -> None:
-        self.calls = nnx.BatchStat(jnp.zeros((), jnp.int32))
-        self.scale = nnx.Param(jnp.full((2,), 3.0))
-
-    def __call__(self, x: jax.Array, cache: Any, *, times: int, verbose: bool = False) -> Any:
-        self.calls[...] += 1
-        cache.value[...] = cache.value[...] + x
-        self.seen = nnx.Intermediate(x)
-        return {"out": self.scale[...] * cache.value[...] * times, "verbose": verbose}
-
-
-class Cache(nnx.Module):
-    def __init__(self) -> None:
-        self.value = nnx.Cache(jnp.zeros(2))
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_observing_sees_outputs_state_objects_and_new_values(compiled: bool) -> None:
-    cache, x = Cache(), jnp.array([1.0, 2.0])
-    program = compax.capture(Counter(), x, cache, times=2, verbose=True)
-    leaves = observe(program, Inputs((x, cache), {"times": 2, "verbose": True}), compiled=compiled).leaves
-    assert {name.split(".")[0] for name in leaves} == {"output", "state", "argument", "aux"}
-    np.testing.assert_array_equal(leaves["output.out"], [6, 12])
-    np.testing.assert_array_equal(leaves["state.calls"], 1)
-    np.testing.assert_array_equal(next(leaf for name, leaf in leaves.items() if name.startswith("argument")), x)
-    np.testing.assert_array_equal(next(leaf for name, leaf in leaves.items() if name.startswith("aux")), x)
-    np.testing.assert_array_equal(cache.value[...], 0)
-    assert int(program.state["calls"]) == 0
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_observing_with_constant_and_static_arguments(compiled: bool) -> None:
-    def function(params: Any, x: jax.Array, mask: jax.Array, times: int) -> jax.Array:
-        return jnp.where(mask, x * params["w"], 0) * times
-
-    x, mask = jnp.arange(3.0), np.array([True, False, True])
-    program = compax.capture(function, {"w": jnp.full((), 2.0)}, x, mask, 3, constant=("mask",), static=("times",))
-    observed = observe(program, Inputs((x, mask, 3)), compiled=compiled)
-    np.testing.assert_array_equal(observed.leaves["output"], [0, 0, 12])

@@ -124,6 +124,43 @@ def test_inspect_a_run_and_a_model(run, capsys):
     assert "6.7B parameters" in capsys.readouterr().out
 
 
+def test_inspect_shows_the_price_of_each_pass(experiment, capsys):
+    path = experiment(pipeline="cast(compute=bfloat16) | remat(keep=nothing)")
+    assert main(["inspect", f"--config={path}", "--cost=v5e:2x2", "--pipeline=freeze(at=embed.**)"]) == 0
+    shown = capsys.readouterr().out
+    tables = shown.split("price of ")[1:]
+    assert [table.partition("(")[0] for table in tables] == ["cast", "remat", "freeze"]
+    for table in tables:
+        for row in ("parameters as stored", "work of a train step", "memory at the peak", "time of a train step"):
+            (line,) = (line for line in table.splitlines() if line.strip().startswith(row))
+            assert line.rstrip().endswith("predicted")
+    assert "loss" in tables[0]
+    assert "measured" in tables[0]
+    assert "cost of" in shown
+    assert "at least" in shown
+
+
+def test_inspect_prices_shapes_alone_and_says_what_is_missing(capsys):
+    arguments = ["inspect", "--model=tiny", "--abstract", "--pipeline=cast(compute=bfloat16)"]
+    assert main([*arguments, "--cost"]) == 0
+    shown = capsys.readouterr().out
+    assert "no time of a call: no target was given" in shown
+    assert "no fidelity: no sample inputs were given" in shown
+    assert main(["inspect", "--model=tiny", "--abstract", "--cost=v5e:2x2"]) == 0
+    assert "no pass was applied" in capsys.readouterr().out
+    assert "no fidelity" not in shown.partition("cost of")[2]
+
+
+def test_inspect_prices_passes_on_a_run(run, capsys):
+    capsys.readouterr()
+    assert main(["inspect", f"--run={run}", "--cost=cpu", "--pipeline=quantize(weights=int8)"]) == 0
+    assert "price of quantize(" in capsys.readouterr().out
+
+
+def test_inspect_on_an_unknown_target(capsys):
+    assert "v9z" in fails(capsys, "inspect", "--model=tiny", "--cost=v9z:2x2")
+
+
 def test_damaged_and_foreign_runs(run, capsys, tmp_path):
     assert "holds no config.json" in fails(capsys, "eval", f"--run={tmp_path}")
     (Path(run) / "config.json").write_text("{")
