@@ -6,7 +6,6 @@ them, and computed again for each reader, unless that would read more than it sa
 `Backend`.
 """
 
-import collections
 import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -17,8 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from compax import _jax
-from compax.analysis.library import COSTLY, PRODUCTS, AllPaths, Library, Node, with_broadcasts, with_rearranged
+from compax.analysis.library import (
+    COSTLY,
+    PRODUCTS,
+    AllPaths,
+    Library,
+    Node,
+    by_element,
+    fusible,
+    with_broadcasts,
+    with_rearranged,
+)
 from compax.analysis.normal import CALLS
+from compax.analysis.scatters import into_rows, with_accumulation
+from compax.analysis.scheduling import breadth_first
 from compax.ir import Graph, Literal, Op, Path, Value
 
 RENAMING = frozenset(
@@ -100,12 +111,14 @@ class Step:
         path: where it stands.
         outputs: the values that it writes.
         reads: the buffers that it reads.
+        replaces: those of them whose place a result may take.
     """
 
     op: Op
     path: Path
     outputs: list[Value]
     reads: list[Value]
+    replaces: list[Value]
 
 
 class Buffers:
@@ -135,6 +148,7 @@ class Buffers:
         self.nodes = _needed(flat.nodes, self._returned)
         self._nodes = with_rearranged(with_broadcasts(self.nodes)) if backend.library_reductions else self.nodes
         self._narrowed: dict[int, list[Value]] = {}
+        self._nodes = with_accumulation(self._nodes, selects=backend.selects_for_scatters)
         if backend.narrows_before_loops:
             self._nodes = self._narrow_before_loops()
         self._producer = {y: node for node in self._nodes for y in node.outputs}
@@ -189,7 +203,11 @@ class Buffers:
             elif not self._fusible(node):
                 self._kept.update(node.outputs)
                 for x in node.inputs:
-                    x = self._through_layout(x) if node.op.name in PRODUCTS and not self.backend.library_reductions else x
+                    x = (
+                        self._through_layout(x)
+                        if node.op.name in PRODUCTS and not self.backend.library_reductions
+                        else x
+                    )
                     if self._reads_buffers(node) and x in self._producer:
                         self._kept.add(x)
         self._kept.update(x for x in self._returned if x in self._producer)
@@ -211,26 +229,7 @@ class Buffers:
                     self._kept.add(y)
 
     def _fusible(self, node: Node) -> bool:
-        return node.fusible or (self.backend.selects_for_scatters and self._selects(node))
-
-    def _selects(self, node: Node) -> bool:
-        """Whether an operation scatters one element into each row of a constant.
-
-        XLA for TPUs compares an iota with the indices instead, and fuses that: the gradient of a cross entropy over a
-        vocabulary is a `select_add_fusion` inside of the products that read it (seen in its text with libtpu 0.0.42).
-        """
-        if not node.op.name.startswith("scatter"):
-            return False
-        numbers = node.op.attributes["dimension_numbers"]
-        operand, _, updates = node.op.inputs
-        rows = numbers.operand_batching_dims
-        constant = all(x in self._producer and not self._producer[x].inputs for x in node.operands[:1] if x is not None)
-        return (
-            constant
-            and not numbers.update_window_dims
-            and len(rows) + len(numbers.inserted_window_dims) == len(operand.shape)
-            and math.prod(updates.shape) == math.prod(operand.shape[dim] for dim in rows)
-        )
+        return node.fusible or (self.backend.selects_for_scatters and into_rows(node, self._producer))
 
     def _keep_for_library(self, node: Node) -> None:
         """The result of a library's kernel, and its operands: nothing is fused into it afterwards."""
@@ -284,7 +283,29 @@ class Buffers:
         return list(found)
 
     def _step(self, node: Node) -> Step:
-        return Step(node.op, node.path, [y for y in node.outputs if y in self._kept], self._sources(node.inputs))
+        reads = self._sources(node.inputs)
+        outputs = [y for y in node.outputs if y in self._kept]
+        return Step(node.op, node.path, outputs, reads, self._replaced(node, reads))
+
+    def _replaced(self, node: Node, reads: Sequence[Value]) -> list[Value]:
+        """What a step may overwrite: the state of loops and updates, and what is read element by element alone."""
+        if node.op.name in _IN_PLACE or node.op.name in ("scan", "while"):
+            return list(reads)
+        if node in self._inside or not fusible(node.op):
+            return []
+        moved: set[Value] = set()
+        waiting, seen = [node], {node}
+        while waiting:
+            inner = waiting.pop()
+            sources = [x for x in inner.inputs if x in self._kept or x not in self._producer]
+            if not by_element(inner):
+                moved.update(self._sources(inner.inputs))
+                continue
+            moved.update(x for x in sources if x.shape != inner.outputs[0].shape)
+            fresh = {self._producer[x] for x in inner.inputs if x not in sources} - seen
+            seen |= fresh
+            waiting.extend(fresh)
+        return [x for x in reads if x not in moved]
 
     def body(self, graph: Graph) -> "Buffers":
         """The buffers of a loop's body or of a branch; a body that several operations share is looked at once."""
@@ -327,32 +348,6 @@ class Buffers:
             body = self.body(reader.op.bodies[0])
             return all(body.feeds_products(body.inputs[i]) for i, y in enumerate(reader.operands) if y is x)
         return False
-
-
-def breadth_first(steps: Sequence[Step]) -> list[Step]:
-    """Steps in the order in which all that they read is there, first come first served.
-
-    XLA's compiler for CPUs schedules so, for the most concurrency (`BFScheduler` in
-    `xla/service/hlo_memory_scheduler.cc`): what the backward pass reads and the forward pass can compute is computed in
-    the forward pass.
-    """
-    writer = {y: step for step in steps for y in step.outputs}
-    missing = {step: {writer[x] for x in step.reads if x in writer} for step in steps}
-    users: dict[Step, list[Step]] = {step: [] for step in steps}
-    for step in steps:
-        for source in dict.fromkeys(writer[x] for x in step.reads if x in writer):
-            users[source].append(step)
-    ready = collections.deque(step for step in steps if not missing[step])
-    found: list[Step] = []
-    while ready:
-        step = ready.popleft()
-        found.append(step)
-        for user in users[step]:
-            missing[user].discard(step)
-            if not missing[user]:
-                ready.append(user)
-    assert len(found) == len(steps)
-    return found
 
 
 def narrowed_in_turns(op: Op, in_products: Collection[int] = ()) -> Mapping[int, Any]:

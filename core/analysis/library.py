@@ -97,6 +97,11 @@ def fusible(op: Op) -> bool:
     return op.name in CHEAP or op.name in COSTLY
 
 
+def by_element(node: Node) -> bool:
+    """Whether a result's element depends on the operands' elements in the same place alone."""
+    return node.fusible and node.op.name not in _RESHAPING
+
+
 def with_broadcasts(nodes: Sequence[Node]) -> list[Node]:
     """Operations on elements with operands of the result's size: what JAX stretches becomes a broadcast of its own.
 
@@ -106,7 +111,7 @@ def with_broadcasts(nodes: Sequence[Node]) -> list[Node]:
     stretched: dict[tuple[Value, tuple[int, ...]], Value] = {}
     for node in nodes:
         operands = list(node.operands)
-        if node.fusible and node.op.name not in _RESHAPING and len(node.outputs) == 1:
+        if by_element(node) and len(node.outputs) == 1:
             shape = node.outputs[0].shape
             for i, x in enumerate(operands):
                 if x is None or math.prod(x.shape) == math.prod(shape):

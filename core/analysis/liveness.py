@@ -9,11 +9,8 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
 from compax.analysis.buffers import BACKENDS, Buffers, Step
-from compax.analysis.library import fusible
 from compax.analysis.tracing import Place, Traced
 from compax.ir import Value
-
-_IN_PLACE = frozenset({"dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "scatter-mul", "while", "scan"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +130,7 @@ def _run(buffers: Buffers, apart: Collection[Value], turns: dict[int, int]) -> _
             if y in apart:
                 continue
             size = buffers.nbytes(y)
-            taken = next((x for x in dying if held[x][0] == size), None) if _in_place(step) else None
+            taken = next((x for x in dying if held[x][0] == size and x in step.replaces), None)
             if taken is not None:
                 dying.remove(taken)
                 now -= held.pop(taken)[0]
@@ -148,11 +145,6 @@ def _run(buffers: Buffers, apart: Collection[Value], turns: dict[int, int]) -> _
         for x in [x for x in held if last.get(x, -1) <= number and x not in kept]:
             now -= held.pop(x)[0]
     return found
-
-
-def _in_place(step: Step) -> bool:
-    name = step.op.name
-    return name in _IN_PLACE or fusible(step.op)
 
 
 def _turn(step: Step, buffers: Buffers, turns: dict[int, int]) -> int:
