@@ -24,8 +24,8 @@ from compax.analysis.library import (
     Node,
     by_element,
     fusible,
-    with_broadcasts,
-    with_rearranged,
+    library_nodes,
+    slices,
 )
 from compax.analysis.normal import CALLS
 from compax.analysis.scatters import into_rows, with_accumulation
@@ -52,6 +52,7 @@ class Backend:
         keeps_costly: whether transcendental functions that are read several times are kept.
         narrow_products: whether float32 values that products alone read are stored as the bfloat16 that these take.
         merges_recomputation: whether outside of loops a value that rematerialization computes again is the first one.
+        copies_donated: whether a donated input that may be overwritten too early is copied.
         breadth_first: whether an operation runs as soon as its operands are there.
         selects_for_scatters: whether a scatter of one element into each row of a constant is a selection.
         narrows_before_loops: whether what the turns of a loop read in a narrower type is converted as a whole before.
@@ -67,6 +68,7 @@ class Backend:
     narrow_products: bool
     merges_recomputation: bool
     selects_for_scatters: bool = False
+    copies_donated: bool = False
     breadth_first: bool = False
     narrows_before_loops: bool = False
     tiles: bool = False
@@ -82,6 +84,7 @@ BACKENDS: Mapping[str, Backend] = {
         merges_recomputation=True,
         library_reductions=True,
         duplicates_on_all_paths=True,
+        copies_donated=True,
         breadth_first=True,
     ),
     "gpu": Backend(
@@ -138,6 +141,7 @@ class Buffers:
         prefix: Path = (),
         bodies: "dict[int, Buffers] | None" = None,
         narrowed: Collection[Value] = (),
+        sliced: Collection[Value] = (),
     ):
         self.backend = backend
         self._bodies = {} if bodies is None else bodies
@@ -146,7 +150,11 @@ class Buffers:
         self.outputs: list[Value | None] = flat.outputs
         self._returned = {x for x in flat.outputs if x is not None}
         self.nodes = _needed(flat.nodes, self._returned)
-        self._nodes = with_rearranged(with_broadcasts(self.nodes)) if backend.library_reductions else self.nodes
+        self._nodes = self.nodes
+        self._sliced: dict[int, Sequence[Value]] = {}
+        if backend.library_reductions:
+            self._sliced = {id(node.op.bodies[0]): slices(node.op) for node in self.nodes if node.op.name == "scan"}
+            self._nodes = library_nodes(self.nodes, sliced)
         self._narrowed: dict[int, list[Value]] = {}
         self._nodes = with_accumulation(self._nodes, selects=backend.selects_for_scatters)
         if backend.narrows_before_loops:
@@ -312,8 +320,18 @@ class Buffers:
         if id(graph) not in self._bodies:
             backend = dataclasses.replace(self.backend, merges_recomputation=False)
             narrowed = self._narrowed.get(id(graph), ())
-            self._bodies[id(graph)] = Buffers(graph, backend, bodies=self._bodies, narrowed=narrowed)
+            sliced = self._sliced.get(id(graph), ())
+            self._bodies[id(graph)] = Buffers(graph, backend, bodies=self._bodies, narrowed=narrowed, sliced=sliced)
         return self._bodies[id(graph)]
+
+    def copy_inputs(self, inputs: Sequence[Value]) -> None:
+        """Has everything read copies of some inputs, made first."""
+        copies = {x: Value(x.aval) for x in inputs}
+        for step in self.steps:
+            step.reads = [copies.get(x, x) for x in step.reads]
+            step.replaces = [copies.get(x, x) for x in step.replaces]
+        first = [Step(Op("copy", (x,), (y,), {}), (), [y], [x], []) for x, y in copies.items()]
+        self.steps = first + self.steps
 
     def keeps(self, x: Value) -> bool:
         """Whether a value is a buffer."""

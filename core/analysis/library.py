@@ -125,6 +125,24 @@ def with_broadcasts(nodes: Sequence[Node]) -> list[Node]:
     return found
 
 
+def slices(op: Op) -> Sequence[Value]:
+    """The inputs of a scan's body that are slices of its operands."""
+    constants, carry = _jax.scan_counts(dict(op.attributes))
+    return op.bodies[0].inputs[constants + carry :]
+
+
+def with_slices(nodes: Sequence[Node], sliced: Collection[Value]) -> list[Node]:
+    """Operations of a loop's body, with slices of what the loop goes over: a product reads them from memory."""
+    taken = {x: Value(x.aval) for x in dict.fromkeys(x for node in nodes for x in node.inputs) if x in sliced}
+    first: list[Node] = []
+    for x, y in taken.items():
+        first.append(Node(Op("dynamic_slice", (x,), (y,), {}), (), [x], [y]))
+    return first + [
+        dataclasses.replace(node, operands=[x if x is None else taken.get(x, x) for x in node.operands])
+        for node in nodes
+    ]
+
+
 def with_rearranged(nodes: Sequence[Node]) -> list[Node]:
     """Products with operands in the order that the library takes: what has another order becomes a transpose.
 
@@ -162,6 +180,11 @@ def with_rearranged(nodes: Sequence[Node]) -> list[Node]:
                 operands[i] = x
         found.append(dataclasses.replace(node, operands=operands))
     return found
+
+
+def library_nodes(nodes: Sequence[Node], sliced: Collection[Value]) -> list[Node]:
+    """Operations as XLA's compiler for CPUs has them before it fuses: broadcasts, slices and transposes on their own."""
+    return with_rearranged(with_broadcasts(with_slices(nodes, sliced)))
 
 
 class Library:

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
 from compax.analysis.buffers import BACKENDS, Buffers, Step
+from compax.analysis.scheduling import overwritten
 from compax.analysis.tracing import Place, Traced
 from compax.ir import Value
 
@@ -67,20 +68,20 @@ def liveness(traced: Traced, platform: str, *, donated: Collection[str] = ()) ->
     arguments: dict[str, int] = {}
     for role, x in zip(traced.inputs, traced.graph.inputs, strict=True):
         arguments[role.kind] = arguments.get(role.kind, 0) + buffers.nbytes(x)
-    free = [
-        (x.shape, str(x.dtype))
-        for role, x in zip(traced.inputs, traced.graph.inputs, strict=True)
-        if role.kind in donated
-    ]
+    free = [x for role, x in zip(traced.inputs, traced.graph.inputs, strict=True) if role.kind in donated]
     returned = dict.fromkeys(x for x in buffers.outputs if x is not None and x not in buffers.inputs)
-    aliased: set[Value] = set()
-    for x in returned:
-        if (x.shape, str(x.dtype)) in free:
-            free.remove((x.shape, str(x.dtype)))
-            aliased.add(x)
+    aliased: dict[Value, Value] = {}
+    for y in returned:
+        x = next((x for x in free if (x.shape, x.dtype) == (y.shape, y.dtype)), None)
+        if x is not None:
+            free.remove(x)
+            aliased[y] = x
+    own = [x for x in returned if x not in aliased]
+    if buffers.backend.copies_donated:
+        buffers.copy_inputs(overwritten(buffers.steps, aliased))
     outputs = sum(buffers.nbytes(Value(x.aval)) for x in traced.graph.outputs if isinstance(x, Value))
-    run = _run(buffers, returned.keys(), {})
-    fixed = sum(arguments.values()) + sum(buffers.nbytes(x) for x in returned if x not in aliased)
+    run = _run(buffers, returned.keys(), {}, own)
+    fixed = sum(arguments.values()) + sum(map(buffers.nbytes, own))
     return Liveness(
         arguments=arguments,
         outputs=outputs,
@@ -109,18 +110,21 @@ class _Run:
     timeline: list[int]
 
 
-def _run(buffers: Buffers, apart: Collection[Value], turns: dict[int, int]) -> _Run:
+def _run(buffers: Buffers, apart: Collection[Value], turns: "dict[int, _Run]", reserved: Sequence[Value] = ()) -> _Run:
     """Follows the steps.
 
     Args:
         buffers: what they read and write.
         apart: results that are counted elsewhere.
         turns: for bodies that were followed before, what a turn needs.
+        reserved: of what is apart, results whose memory holds one other buffer at a time until they are written.
     """
     last: dict[Value, int] = {}
     for number, step in enumerate(buffers.steps):
         last.update(dict.fromkeys(step.reads, number))
     kept = {x for x in buffers.outputs if x is not None}
+    written = {y: number for number, step in enumerate(buffers.steps) for y in step.outputs}
+    spaces = sorted(((buffers.nbytes(y), written[y]) for y in reserved if y in written), reverse=True)
     held: dict[Value, tuple[int, Step]] = {}
     found = _Run(0, [], None, [])
     now = 0
@@ -136,10 +140,15 @@ def _run(buffers: Buffers, apart: Collection[Value], turns: dict[int, int]) -> _
                 now -= held.pop(taken)[0]
             held[y] = (size, step)
             now += size
-        turn = _turn(step, buffers, turns)
-        found.timeline.append(now + turn)
-        if now + turn > found.peak:
-            found.peak = now + turn
+        inner = _turn(step, buffers, turns)
+        turn = inner.peak if inner is not None else 0
+        spaces = [(size, until) for size, until in spaces if until > number]
+        lodgers = [(size, last.get(x, -1)) for x, (size, _) in held.items()] if spaces else []
+        lodgers += [(size, number) for _, size, _ in inner.alive] if spaces and inner is not None else []
+        total = now + turn - _lodged(lodgers, spaces)
+        found.timeline.append(total)
+        if total > found.peak:
+            found.peak = total
             found.alive = [(x, size, made) for x, (size, made) in held.items()]
             found.turn = (turn, step) if turn else None
         for x in [x for x in held if last.get(x, -1) <= number and x not in kept]:
@@ -147,15 +156,31 @@ def _run(buffers: Buffers, apart: Collection[Value], turns: dict[int, int]) -> _
     return found
 
 
-def _turn(step: Step, buffers: Buffers, turns: dict[int, int]) -> int:
-    """The most that a turn of a loop, or a branch, needs beside what goes in and comes out of it."""
+def _lodged(lodgers: Sequence[tuple[int, int]], spaces: Sequence[tuple[int, int]]) -> int:
+    """Bytes of buffers that lie where results will be written: XLA gives a reserved result's memory to one at a time.
+
+    Args:
+        lodgers: buffers' bytes and until when they are read.
+        spaces: results' bytes and when they are written, largest first.
+    """
+    left, total = sorted(lodgers, reverse=True), 0
+    for space, until in spaces:
+        found = next((lodger for lodger in left if lodger[0] <= space and lodger[1] < until), None)
+        if found is not None:
+            left.remove(found)
+            total += found[0]
+    return total
+
+
+def _turn(step: Step, buffers: Buffers, turns: dict[int, _Run]) -> _Run | None:
+    """What a turn of a loop, or a branch, needs beside what goes in and comes out of it."""
     if step.op.name not in ("scan", "while", "cond"):
-        return 0
+        return None
     bodies = step.op.bodies if step.op.name == "cond" else step.op.bodies[-1:]
     for body in bodies:
         if id(body) not in turns:
-            turns[id(body)] = _run(buffers.body(body), (), turns).peak
-    return max(turns[id(body)] for body in bodies)
+            turns[id(body)] = _run(buffers.body(body), (), turns)
+    return max((turns[id(body)] for body in bodies), key=lambda run: run.peak)
 
 
 def _alive(traced: Traced, run: _Run) -> Sequence[Alive]:

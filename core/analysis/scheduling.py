@@ -1,7 +1,7 @@
 """The order in which a compiler runs what it did not fuse."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from compax.ir import Value
@@ -41,3 +41,28 @@ def breadth_first(steps: Sequence[T]) -> list[T]:
                 ready.append(user)
     assert len(found) == len(steps)
     return found
+
+
+def overwritten(steps: Sequence[Written], aliased: Mapping[Value, Value]) -> list[Value]:
+    """Donated inputs that something may read after the result that takes their place is written.
+
+    XLA decides before it schedules (`AddCopiesForAliasedInputOutputs` in `xla/service/copy_insertion.cc`): unless the
+    result depends on everything else that reads the input, it copies the input first.
+
+    Args:
+        steps: what reads and writes.
+        aliased: results with the inputs whose place they take.
+    """
+    writer = {y: number for number, step in enumerate(steps) for y in step.outputs}
+    before: dict[int, int] = {}
+    for number, step in enumerate(steps):
+        mask = 1 << number
+        for x in step.reads:
+            if x in writer:
+                mask |= before[writer[x]]
+        before[number] = mask
+    readers: dict[Value, int] = {}
+    for number, step in enumerate(steps):
+        for x in step.reads:
+            readers[x] = readers.get(x, 0) | 1 << number
+    return [x for y, x in aliased.items() if y in writer and readers.get(x, 0) & ~before[writer[y]]]
