@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compax import _jax
-from compax.analysis.library import COSTLY, PRODUCTS, AllPaths, Library, Node, with_broadcasts
+from compax.analysis.library import COSTLY, PRODUCTS, AllPaths, Library, Node, with_broadcasts, with_copies
 from compax.analysis.normal import CALLS
 from compax.ir import Graph, Literal, Op, Path, Value
 
@@ -126,7 +126,7 @@ class Buffers:
         self.outputs: list[Value | None] = flat.outputs
         self._returned = {x for x in flat.outputs if x is not None}
         self.nodes = _needed(flat.nodes, self._returned)
-        self._nodes = with_broadcasts(self.nodes) if backend.library_reductions else self.nodes
+        self._nodes = with_copies(with_broadcasts(self.nodes)) if backend.library_reductions else self.nodes
         self._narrowed: dict[int, list[Value]] = {}
         if backend.narrows_before_loops:
             self._nodes = self._narrow_before_loops()

@@ -6,6 +6,7 @@ The rules are those of XLA's source (`xla/backends/cpu/transforms/library_rewrit
 
 import dataclasses
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 
 import jax
@@ -66,6 +67,7 @@ _SUPPORTED = frozenset(
 _MOVES = frozenset({"broadcast_in_dim", "transpose", "pad"})
 _DTYPES = frozenset({"float64", "float32", "bfloat16", "int8", "uint8"})
 _LEAST_ELEMENTS = 4096
+_MATRIX = re.compile("b*(c*f*|f*c*)")
 _RESHAPING = frozenset(
     {"broadcast_in_dim", "transpose", "slice", "split", "pad", "concatenate", "dynamic_slice", "gather", "stack"}
     | {"unstack", "tile", "rev", "iota", "bitcast_convert_type"}
@@ -118,6 +120,50 @@ def with_broadcasts(nodes: Sequence[Node]) -> list[Node]:
                 operands[i] = stretched[x, shape]
         found.append(dataclasses.replace(node, operands=operands))
     return found
+
+
+def with_copies(nodes: Sequence[Node]) -> list[Node]:
+    """Operations, with copies of what products cannot read as it lies in memory.
+
+    A product on a CPU reads matrices: batch dimensions first, then all that are contracted and all others in either
+    order. Fused operations write their result as it is asked for; inputs and results of products and libraries are
+    copied, once for each order. The scheduler is breadth-first, so that copies of inputs come before everything else.
+    What is reshaped on its way to a product counts as a matrix.
+    """
+    producer = {y: node for node in nodes for y in node.outputs}
+    first: list[Node] = []
+    found: list[Node] = []
+    copies: dict[tuple[Value, str], Value] = {}
+    for node in nodes:
+        if node.op.name == "dot_general":
+            operands = list(node.operands)
+            contracted, batch = node.op.attributes["dimension_numbers"]
+            for side, x in enumerate(operands):
+                if x is None or x.shape != node.op.inputs[side].shape:
+                    continue
+                kinds = [
+                    "b" if i in batch[side] else "c" if i in contracted[side] else "f" for i in range(len(x.shape))
+                ]
+                source = x
+                while _is_plain_transpose(producer.get(source)):
+                    order = producer[source].op.attributes["permutation"]
+                    kinds = [kinds[list(order).index(i)] for i in range(len(order))]
+                    source = producer[source].inputs[0]
+                lies = "".join(kind for kind, size in zip(kinds, source.shape, strict=True) if size > 1)
+                if _MATRIX.fullmatch(lies) or (source in producer and producer[source].fusible):
+                    continue
+                if (source, lies) not in copies:
+                    y = copies[source, lies] = Value(x.aval)
+                    op = dataclasses.replace(node.op, name="copy", attributes={}, equation=None)
+                    (found if source in producer else first).append(Node(op, node.path, [source], [y]))
+                operands[side] = copies[source, lies]
+            node = dataclasses.replace(node, operands=operands)
+        found.append(node)
+    return first + found
+
+
+def _is_plain_transpose(node: Node | None) -> bool:
+    return node is not None and node.op.name == "transpose" and node.inputs[0].shape == node.op.inputs[0].shape
 
 
 class Library:
