@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from compax import _jax
-from compax.analysis.library import COSTLY, PRODUCTS, AllPaths, Library, Node, with_broadcasts, with_copies
+from compax.analysis.library import COSTLY, PRODUCTS, AllPaths, Library, Node, fusible, with_broadcasts, with_copies
 from compax.analysis.normal import CALLS
 from compax.ir import Graph, Literal, Op, Path, Value
+
+__all__ = ["BACKENDS", "COSTLY", "PRODUCTS", "Backend", "Buffers", "Flat", "Node", "Step", "fusible", "size_bytes"]
 
 RENAMING = frozenset(
     {"reshape", "squeeze", "expand_dims", "stop_gradient", "copy", "copy_p", "optimization_barrier", "name", "pvary"}
@@ -93,12 +95,14 @@ class Step:
         path: where it stands.
         outputs: the values that it writes.
         reads: the buffers that it reads.
+        rearranged: those whose elements it reads in another order than it writes, so that it cannot work in place.
     """
 
     op: Op
     path: Path
     outputs: list[Value]
     reads: list[Value]
+    rearranged: frozenset[Value] = frozenset()
 
 
 class Buffers:
@@ -253,7 +257,25 @@ class Buffers:
         return list(found)
 
     def _step(self, node: Node) -> Step:
-        return Step(node.op, node.path, [y for y in node.outputs if y in self._kept], self._sources(node.inputs))
+        written = [y for y in node.outputs if y in self._kept]
+        return Step(node.op, node.path, written, self._sources(node.inputs), self._rearranged(node))
+
+    def _rearranged(self, node: Node) -> frozenset[Value]:
+        """The buffers that are read through a transpose; a TPU's layouts have room for that, a CPU's do not."""
+        if not self.backend.library_reductions or not node.fusible:
+            return frozenset()
+        found: set[Value] = set()
+        waiting, seen = [node], {node}
+        while waiting:
+            inner = waiting.pop()
+            if inner.op.name == "transpose":
+                found.update(self._sources(inner.inputs))
+                continue
+            for x in inner.inputs:
+                if x not in self._kept and x in self._producer and self._producer[x] not in seen:
+                    seen.add(self._producer[x])
+                    waiting.append(self._producer[x])
+        return frozenset(found)
 
     def body(self, graph: Graph) -> "Buffers":
         """The buffers of a loop's body or of a branch; a body that several operations share is looked at once."""

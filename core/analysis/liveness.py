@@ -133,7 +133,11 @@ def _run(buffers: Buffers, apart: Collection[Value], turns: dict[int, int]) -> _
             if y in apart:
                 continue
             size = buffers.nbytes(y)
-            taken = next((x for x in dying if held[x][0] == size), None) if _in_place(step) else None
+            taken = (
+                next((x for x in dying if held[x][0] == size and x not in step.rearranged), None)
+                if _in_place(step)
+                else None
+            )
             if taken is not None:
                 dying.remove(taken)
                 now -= held.pop(taken)[0]
