@@ -293,10 +293,14 @@ class Buffers:
 
     def nbytes(self, x: Value) -> int:
         """Bytes of a buffer or an input."""
-        size = tiled_bytes(x) if self.backend.tiles else size_bytes(x)
+        size = self.full_bytes(x)
         if self.backend.narrow_products and x.dtype == jnp.float32 and x in self._producer and self.feeds_products(x):
             return size // 2
         return size
+
+    def full_bytes(self, x: Value) -> int:
+        """Bytes of a value in its own type, as it lies in memory."""
+        return tiled_bytes(x) if self.backend.tiles else size_bytes(x)
 
     def feeds_products(self, x: Value) -> bool:
         """Whether products alone read a value, rearranged or in the turns of a loop."""
