@@ -8,14 +8,14 @@ them, and computed again for each reader, unless that would read more than it sa
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from compax import _jax
+from compax.analysis.flat import SMALL_ELEMENTS, Flat, narrowed_in_turns, needed
 from compax.analysis.library import (
     COSTLY,
     PRODUCTS,
@@ -27,19 +27,13 @@ from compax.analysis.library import (
     library_nodes,
     slices,
 )
-from compax.analysis.normal import CALLS
 from compax.analysis.scatters import into_rows, with_accumulation
 from compax.analysis.scheduling import breadth_first
-from compax.ir import Graph, Literal, Op, Path, Value
+from compax.ir import Graph, Op, Path, Value
 
-RENAMING = frozenset(
-    {"reshape", "squeeze", "expand_dims", "stop_gradient", "copy", "copy_p", "optimization_barrier", "name", "pvary"}
-    | {"pcast", "sharding_constraint", "constrain", "reshard"}
-)
-"""Operations whose result is their operand under another name."""
+__all__ = ["BACKENDS", "COSTLY", "PRODUCTS", "Backend", "Buffers", "Flat", "Node", "Step", "fusible", "size_bytes"]
 
 _IN_PLACE = frozenset({"dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "scatter-mul", "sort"})
-_SMALL = 1024
 _READS_MORE = 1.3
 
 
@@ -149,7 +143,7 @@ class Buffers:
         flat = Flat(graph, merge=backend.merges_recomputation, prefix=prefix, narrowed=narrowed)
         self.outputs: list[Value | None] = flat.outputs
         self._returned = {x for x in flat.outputs if x is not None}
-        self.nodes = _needed(flat.nodes, self._returned)
+        self.nodes = needed(flat.nodes, self._returned)
         self._nodes = self.nodes
         self._sliced: dict[int, Sequence[Value]] = {}
         if backend.library_reductions:
@@ -233,7 +227,7 @@ class Buffers:
                         set[int]().union(*(reached.get(z, ()) for z in reader.outputs)) if inside else {reader.number}
                     )
                 reached[y] = found
-                if size_bytes(y) > _SMALL and self._worth_keeping(node, y, len(found)):
+                if size_bytes(y) > SMALL_ELEMENTS and self._worth_keeping(node, y, len(found)):
                     self._kept.add(y)
 
     def _fusible(self, node: Node) -> bool:
@@ -341,10 +335,14 @@ class Buffers:
 
     def nbytes(self, x: Value) -> int:
         """Bytes of a buffer or an input."""
-        size = tiled_bytes(x) if self.backend.tiles else size_bytes(x)
+        size = self.full_bytes(x)
         if self.backend.narrow_products and x.dtype == jnp.float32 and x in self._producer and self.feeds_products(x):
             return size // 2
         return size
+
+    def full_bytes(self, x: Value) -> int:
+        """Bytes of a value in its own type, as it lies in memory."""
+        return tiled_bytes(x) if self.backend.tiles else size_bytes(x)
 
     def feeds_products(self, x: Value) -> bool:
         """Whether products alone read a value, rearranged or in the turns of a loop."""
@@ -366,42 +364,6 @@ class Buffers:
             body = self.body(reader.op.bodies[0])
             return all(body.feeds_products(body.inputs[i]) for i, y in enumerate(reader.operands) if y is x)
         return False
-
-
-def narrowed_in_turns(op: Op, in_products: Collection[int] = ()) -> Mapping[int, Any]:
-    """Which operands the turns of a `scan` read in a narrower type alone, and in which; carries excepted.
-
-    Args:
-        op: the scan.
-        in_products: operands that products of matrices take as bfloat16 where they are float32.
-    """
-    num_constants, num_carry = _jax.scan_counts(dict(op.attributes))
-    flat = Flat(op.bodies[0])
-    readers: dict[Value, list[Node]] = {}
-    for node in flat.nodes:
-        for x in node.inputs:
-            readers.setdefault(x, []).append(node)
-
-    def types(x: Value, in_product: bool) -> set[Any]:
-        found: set[Any] = {x.dtype} if x in flat.outputs else set()
-        for node in readers.get(x, ()):
-            if node.op.name == "convert_element_type":
-                found.add(node.outputs[0].dtype)
-            elif in_product and node.op.name in PRODUCTS and x.dtype == jnp.float32:
-                found.add(np.dtype(jnp.bfloat16))
-            elif in_product and node.op.name == "transpose":
-                found |= types(node.outputs[0], in_product)
-            else:
-                found.add(x.dtype)
-        return found
-
-    found: dict[int, Any] = {}
-    for i, x in enumerate(op.bodies[0].inputs):
-        dtypes = types(x, i in in_products)
-        carried = num_constants <= i < num_constants + num_carry
-        if not carried and len(dtypes) == 1 and np.dtype(next(iter(dtypes))).itemsize < np.dtype(x.dtype).itemsize:
-            (found[i],) = dtypes
-    return found
 
 
 def size_bytes(x: Value) -> int:
@@ -442,79 +404,3 @@ def _filled(size: int, least: int, most: int) -> int:
     while least < size:
         least *= 2
     return least
-
-
-class Flat:
-    """The operations of a graph with calls entered and renamings looked through.
-
-    Attributes:
-        nodes: the operations.
-        outputs: what is returned; none for constants.
-    """
-
-    def __init__(self, graph: Graph, *, merge: bool = False, prefix: Path = (), narrowed: Collection[Value] = ()):
-        self._narrowed = frozenset(narrowed)
-        self.nodes: list[Node] = []
-        self._zeros: set[Value] = set()
-        self._merged: dict[object, list[Value]] | None = {} if merge else None
-        env: dict[Value, Value | None] = {value: value for value in graph.inputs}
-        self.outputs = self._enter(graph, env, prefix)
-
-    def _enter(self, graph: Graph, env: dict[Value, Value | None], prefix: Path) -> list[Value | None]:
-        def read(x: Value | Literal) -> Value | None:
-            return None if isinstance(x, Literal) else env[x]
-
-        env.update((value, None) for value, array in graph.constants if np.size(array) <= _SMALL)
-        env.update((value, value) for value, array in graph.constants if np.size(array) > _SMALL)
-        for position, op in enumerate(graph.ops):
-            given = [read(x) for x in op.inputs]
-            path = (*prefix, (position, -1))
-            if op.name in CALLS or (op.equation is None and op.bodies):
-                body = op.bodies[0]
-                inside = dict(zip(body.inputs, given, strict=True))
-                env.update(zip(op.outputs, self._enter(body, inside, (*prefix, (position, 0))), strict=True))
-            elif op.name in RENAMING and len(op.outputs) == len(op.inputs):
-                env.update(zip(op.outputs, given, strict=True))
-            elif self._changes_nothing(op, given):
-                env[op.outputs[0]] = given[0]
-            elif op.name in RENAMING:
-                env.update(dict.fromkeys(op.outputs, given[0]))
-            else:
-                env.update(zip(op.outputs, self._define(op, path, given), strict=True))
-        return [read(x) for x in graph.outputs]
-
-    def _changes_nothing(self, op: Op, given: Sequence[Value | None]) -> bool:
-        """Whether a result is the first operand: one with dimensions of one, less zeros, or converted before."""
-        if op.name == "broadcast_in_dim":
-            if isinstance(op.inputs[0], Literal) and not np.any(op.inputs[0].value):
-                self._zeros.add(op.outputs[0])
-            kept = list(op.attributes["broadcast_dimensions"])
-            return math.prod(op.inputs[0].shape) == math.prod(op.outputs[0].shape) and kept == sorted(kept)
-        if op.name == "convert_element_type":
-            return given[0] in self._narrowed
-        if op.name != "sub" or given[0] is None or op.inputs[0].shape != op.outputs[0].shape:
-            return False
-        by = op.inputs[1]
-        return by in self._zeros if isinstance(by, Value) else not np.any(by.value)
-
-    def _define(self, op: Op, path: Path, given: Sequence[Value | None]) -> list[Value]:
-        key = None
-        if self._merged is not None and not op.bodies:
-            literals = tuple(repr(x.value) for x in op.inputs if isinstance(x, Literal))
-            key = (op.name, tuple(given), literals, repr(sorted(op.attributes.items(), key=lambda item: item[0])))
-            if key in self._merged:
-                return self._merged[key]
-        outputs = [Value(x.aval) for x in op.outputs]
-        self.nodes.append(Node(op, path, list(given), outputs))
-        if key is not None and self._merged is not None:
-            self._merged[key] = outputs
-        return outputs
-
-
-def _needed(nodes: Sequence[Node], outputs: Iterable[Value]) -> list[Node]:
-    needed, found = set(outputs), list[Node]()
-    for node in reversed(nodes):
-        if any(y in needed for y in node.outputs):
-            found.append(node)
-            needed.update(node.inputs)
-    return found[::-1]

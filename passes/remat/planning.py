@@ -216,7 +216,7 @@ def _items(
     items = []
     for i, node in enumerate(nodes):
         sources = tuple(dict.fromkeys(producer[x] for x in node.inputs if x in producer))
-        kept = sum(map(size_bytes, node.outputs))
+        kept = sum(map(held.full_bytes, node.outputs))
         stored = any(held.keeps(y) for y in node.outputs)
         narrow = backend.narrow_products and all(held.feeds_products(y) for y in node.outputs)
         items.append(
