@@ -6,29 +6,34 @@ them, and computed again for each reader, unless that would read more than it sa
 `Backend`.
 """
 
-import collections
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from compax import _jax
-from compax.analysis.library import COSTLY, PRODUCTS, AllPaths, Library, Node, with_broadcasts, with_rearranged
-from compax.analysis.normal import CALLS
-from compax.ir import Graph, Literal, Op, Path, Value
-
-RENAMING = frozenset(
-    {"reshape", "squeeze", "expand_dims", "stop_gradient", "copy", "copy_p", "optimization_barrier", "name", "pvary"}
-    | {"pcast", "sharding_constraint", "constrain", "reshard"}
+from compax.analysis.flat import SMALL_ELEMENTS, Flat, narrowed_in_turns, needed
+from compax.analysis.library import (
+    COSTLY,
+    PRODUCTS,
+    AllPaths,
+    Library,
+    Node,
+    by_element,
+    fusible,
+    library_nodes,
+    slices,
 )
-"""Operations whose result is their operand under another name."""
+from compax.analysis.scatters import into_rows, with_accumulation
+from compax.analysis.scheduling import breadth_first
+from compax.ir import Graph, Op, Path, Value
+
+__all__ = ["BACKENDS", "COSTLY", "PRODUCTS", "Backend", "Buffers", "Flat", "Node", "Step", "fusible", "size_bytes"]
 
 _IN_PLACE = frozenset({"dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "scatter-mul", "sort"})
-_SMALL = 1024
 _READS_MORE = 1.3
 
 
@@ -41,6 +46,7 @@ class Backend:
         keeps_costly: whether transcendental functions that are read several times are kept.
         narrow_products: whether float32 values that products alone read are stored as the bfloat16 that these take.
         merges_recomputation: whether outside of loops a value that rematerialization computes again is the first one.
+        copies_donated: whether a donated input that may be overwritten too early is copied.
         breadth_first: whether an operation runs as soon as its operands are there.
         selects_for_scatters: whether a scatter of one element into each row of a constant is a selection.
         narrows_before_loops: whether what the turns of a loop read in a narrower type is converted as a whole before.
@@ -56,6 +62,7 @@ class Backend:
     narrow_products: bool
     merges_recomputation: bool
     selects_for_scatters: bool = False
+    copies_donated: bool = False
     breadth_first: bool = False
     narrows_before_loops: bool = False
     tiles: bool = False
@@ -71,6 +78,7 @@ BACKENDS: Mapping[str, Backend] = {
         merges_recomputation=True,
         library_reductions=True,
         duplicates_on_all_paths=True,
+        copies_donated=True,
         breadth_first=True,
     ),
     "gpu": Backend(
@@ -100,12 +108,14 @@ class Step:
         path: where it stands.
         outputs: the values that it writes.
         reads: the buffers that it reads.
+        replaces: those of them whose place a result may take.
     """
 
     op: Op
     path: Path
     outputs: list[Value]
     reads: list[Value]
+    replaces: list[Value]
 
 
 class Buffers:
@@ -125,6 +135,7 @@ class Buffers:
         prefix: Path = (),
         bodies: "dict[int, Buffers] | None" = None,
         narrowed: Collection[Value] = (),
+        sliced: Collection[Value] = (),
     ):
         self.backend = backend
         self._bodies = {} if bodies is None else bodies
@@ -132,9 +143,14 @@ class Buffers:
         flat = Flat(graph, merge=backend.merges_recomputation, prefix=prefix, narrowed=narrowed)
         self.outputs: list[Value | None] = flat.outputs
         self._returned = {x for x in flat.outputs if x is not None}
-        self.nodes = _needed(flat.nodes, self._returned)
-        self._nodes = with_rearranged(with_broadcasts(self.nodes)) if backend.library_reductions else self.nodes
+        self.nodes = needed(flat.nodes, self._returned)
+        self._nodes = self.nodes
+        self._sliced: dict[int, Sequence[Value]] = {}
+        if backend.library_reductions:
+            self._sliced = {id(node.op.bodies[0]): slices(node.op) for node in self.nodes if node.op.name == "scan"}
+            self._nodes = library_nodes(self.nodes, sliced)
         self._narrowed: dict[int, list[Value]] = {}
+        self._nodes = with_accumulation(self._nodes, selects=backend.selects_for_scatters)
         if backend.narrows_before_loops:
             self._nodes = self._narrow_before_loops()
         self._producer = {y: node for node in self._nodes for y in node.outputs}
@@ -211,30 +227,11 @@ class Buffers:
                         set[int]().union(*(reached.get(z, ()) for z in reader.outputs)) if inside else {reader.number}
                     )
                 reached[y] = found
-                if size_bytes(y) > _SMALL and self._worth_keeping(node, y, len(found)):
+                if size_bytes(y) > SMALL_ELEMENTS and self._worth_keeping(node, y, len(found)):
                     self._kept.add(y)
 
     def _fusible(self, node: Node) -> bool:
-        return node.fusible or (self.backend.selects_for_scatters and self._selects(node))
-
-    def _selects(self, node: Node) -> bool:
-        """Whether an operation scatters one element into each row of a constant.
-
-        XLA for TPUs compares an iota with the indices instead, and fuses that: the gradient of a cross entropy over a
-        vocabulary is a `select_add_fusion` inside of the products that read it (seen in its text with libtpu 0.0.42).
-        """
-        if not node.op.name.startswith("scatter"):
-            return False
-        numbers = node.op.attributes["dimension_numbers"]
-        operand, _, updates = node.op.inputs
-        rows = numbers.operand_batching_dims
-        constant = all(x in self._producer and not self._producer[x].inputs for x in node.operands[:1] if x is not None)
-        return (
-            constant
-            and not numbers.update_window_dims
-            and len(rows) + len(numbers.inserted_window_dims) == len(operand.shape)
-            and math.prod(updates.shape) == math.prod(operand.shape[dim] for dim in rows)
-        )
+        return node.fusible or (self.backend.selects_for_scatters and into_rows(node, self._producer))
 
     def _keep_for_library(self, node: Node) -> None:
         """The result of a library's kernel, and its operands: nothing is fused into it afterwards."""
@@ -288,15 +285,47 @@ class Buffers:
         return list(found)
 
     def _step(self, node: Node) -> Step:
-        return Step(node.op, node.path, [y for y in node.outputs if y in self._kept], self._sources(node.inputs))
+        reads = self._sources(node.inputs)
+        outputs = [y for y in node.outputs if y in self._kept]
+        return Step(node.op, node.path, outputs, reads, self._replaced(node, reads))
+
+    def _replaced(self, node: Node, reads: Sequence[Value]) -> list[Value]:
+        """What a step may overwrite: the state of loops and updates, and what is read element by element alone."""
+        if node.op.name in _IN_PLACE or node.op.name in ("scan", "while"):
+            return list(reads)
+        if node in self._inside or not fusible(node.op):
+            return []
+        moved: set[Value] = set()
+        waiting, seen = [node], {node}
+        while waiting:
+            inner = waiting.pop()
+            sources = [x for x in inner.inputs if x in self._kept or x not in self._producer]
+            if not by_element(inner):
+                moved.update(self._sources(inner.inputs))
+                continue
+            moved.update(x for x in sources if x.shape != inner.outputs[0].shape)
+            fresh = {self._producer[x] for x in inner.inputs if x not in sources} - seen
+            seen |= fresh
+            waiting.extend(fresh)
+        return [x for x in reads if x not in moved]
 
     def body(self, graph: Graph) -> "Buffers":
         """The buffers of a loop's body or of a branch; a body that several operations share is looked at once."""
         if id(graph) not in self._bodies:
             backend = dataclasses.replace(self.backend, merges_recomputation=False)
             narrowed = self._narrowed.get(id(graph), ())
-            self._bodies[id(graph)] = Buffers(graph, backend, bodies=self._bodies, narrowed=narrowed)
+            sliced = self._sliced.get(id(graph), ())
+            self._bodies[id(graph)] = Buffers(graph, backend, bodies=self._bodies, narrowed=narrowed, sliced=sliced)
         return self._bodies[id(graph)]
+
+    def copy_inputs(self, inputs: Sequence[Value]) -> None:
+        """Has everything read copies of some inputs, made first."""
+        copies = {x: Value(x.aval) for x in inputs}
+        for step in self.steps:
+            step.reads = [copies.get(x, x) for x in step.reads]
+            step.replaces = [copies.get(x, x) for x in step.replaces]
+        first = [Step(Op("copy", (x,), (y,), {}), (), [y], [x], []) for x, y in copies.items()]
+        self.steps = first + self.steps
 
     def keeps(self, x: Value) -> bool:
         """Whether a value is a buffer."""
@@ -306,10 +335,14 @@ class Buffers:
 
     def nbytes(self, x: Value) -> int:
         """Bytes of a buffer or an input."""
-        size = tiled_bytes(x) if self.backend.tiles else size_bytes(x)
+        size = self.full_bytes(x)
         if self.backend.narrow_products and x.dtype == jnp.float32 and x in self._producer and self.feeds_products(x):
             return size // 2
         return size
+
+    def full_bytes(self, x: Value) -> int:
+        """Bytes of a value in its own type, as it lies in memory."""
+        return tiled_bytes(x) if self.backend.tiles else size_bytes(x)
 
     def feeds_products(self, x: Value) -> bool:
         """Whether products alone read a value, rearranged or in the turns of a loop."""
@@ -331,68 +364,6 @@ class Buffers:
             body = self.body(reader.op.bodies[0])
             return all(body.feeds_products(body.inputs[i]) for i, y in enumerate(reader.operands) if y is x)
         return False
-
-
-def breadth_first(steps: Sequence[Step]) -> list[Step]:
-    """Steps in the order in which all that they read is there, first come first served.
-
-    XLA's compiler for CPUs schedules so, for the most concurrency (`BFScheduler` in
-    `xla/service/hlo_memory_scheduler.cc`): what the backward pass reads and the forward pass can compute is computed in
-    the forward pass.
-    """
-    writer = {y: step for step in steps for y in step.outputs}
-    missing = {step: {writer[x] for x in step.reads if x in writer} for step in steps}
-    users: dict[Step, list[Step]] = {step: [] for step in steps}
-    for step in steps:
-        for source in dict.fromkeys(writer[x] for x in step.reads if x in writer):
-            users[source].append(step)
-    ready = collections.deque(step for step in steps if not missing[step])
-    found: list[Step] = []
-    while ready:
-        step = ready.popleft()
-        found.append(step)
-        for user in users[step]:
-            missing[user].discard(step)
-            if not missing[user]:
-                ready.append(user)
-    assert len(found) == len(steps)
-    return found
-
-
-def narrowed_in_turns(op: Op, in_products: Collection[int] = ()) -> Mapping[int, Any]:
-    """Which operands the turns of a `scan` read in a narrower type alone, and in which; carries excepted.
-
-    Args:
-        op: the scan.
-        in_products: operands that products of matrices take as bfloat16 where they are float32.
-    """
-    num_constants, num_carry = _jax.scan_counts(dict(op.attributes))
-    flat = Flat(op.bodies[0])
-    readers: dict[Value, list[Node]] = {}
-    for node in flat.nodes:
-        for x in node.inputs:
-            readers.setdefault(x, []).append(node)
-
-    def types(x: Value, in_product: bool) -> set[Any]:
-        found: set[Any] = {x.dtype} if x in flat.outputs else set()
-        for node in readers.get(x, ()):
-            if node.op.name == "convert_element_type":
-                found.add(node.outputs[0].dtype)
-            elif in_product and node.op.name in PRODUCTS and x.dtype == jnp.float32:
-                found.add(np.dtype(jnp.bfloat16))
-            elif in_product and node.op.name == "transpose":
-                found |= types(node.outputs[0], in_product)
-            else:
-                found.add(x.dtype)
-        return found
-
-    found: dict[int, Any] = {}
-    for i, x in enumerate(op.bodies[0].inputs):
-        dtypes = types(x, i in in_products)
-        carried = num_constants <= i < num_constants + num_carry
-        if not carried and len(dtypes) == 1 and np.dtype(next(iter(dtypes))).itemsize < np.dtype(x.dtype).itemsize:
-            (found[i],) = dtypes
-    return found
 
 
 def size_bytes(x: Value) -> int:
@@ -433,79 +404,3 @@ def _filled(size: int, least: int, most: int) -> int:
     while least < size:
         least *= 2
     return least
-
-
-class Flat:
-    """The operations of a graph with calls entered and renamings looked through.
-
-    Attributes:
-        nodes: the operations.
-        outputs: what is returned; none for constants.
-    """
-
-    def __init__(self, graph: Graph, *, merge: bool = False, prefix: Path = (), narrowed: Collection[Value] = ()):
-        self._narrowed = frozenset(narrowed)
-        self.nodes: list[Node] = []
-        self._zeros: set[Value] = set()
-        self._merged: dict[object, list[Value]] | None = {} if merge else None
-        env: dict[Value, Value | None] = {value: value for value in graph.inputs}
-        self.outputs = self._enter(graph, env, prefix)
-
-    def _enter(self, graph: Graph, env: dict[Value, Value | None], prefix: Path) -> list[Value | None]:
-        def read(x: Value | Literal) -> Value | None:
-            return None if isinstance(x, Literal) else env[x]
-
-        env.update((value, None) for value, array in graph.constants if np.size(array) <= _SMALL)
-        env.update((value, value) for value, array in graph.constants if np.size(array) > _SMALL)
-        for position, op in enumerate(graph.ops):
-            given = [read(x) for x in op.inputs]
-            path = (*prefix, (position, -1))
-            if op.name in CALLS or (op.equation is None and op.bodies):
-                body = op.bodies[0]
-                inside = dict(zip(body.inputs, given, strict=True))
-                env.update(zip(op.outputs, self._enter(body, inside, (*prefix, (position, 0))), strict=True))
-            elif op.name in RENAMING and len(op.outputs) == len(op.inputs):
-                env.update(zip(op.outputs, given, strict=True))
-            elif self._changes_nothing(op, given):
-                env[op.outputs[0]] = given[0]
-            elif op.name in RENAMING:
-                env.update(dict.fromkeys(op.outputs, given[0]))
-            else:
-                env.update(zip(op.outputs, self._define(op, path, given), strict=True))
-        return [read(x) for x in graph.outputs]
-
-    def _changes_nothing(self, op: Op, given: Sequence[Value | None]) -> bool:
-        """Whether a result is the first operand: one with dimensions of one, less zeros, or converted before."""
-        if op.name == "broadcast_in_dim":
-            if isinstance(op.inputs[0], Literal) and not np.any(op.inputs[0].value):
-                self._zeros.add(op.outputs[0])
-            kept = list(op.attributes["broadcast_dimensions"])
-            return math.prod(op.inputs[0].shape) == math.prod(op.outputs[0].shape) and kept == sorted(kept)
-        if op.name == "convert_element_type":
-            return given[0] in self._narrowed
-        if op.name != "sub" or given[0] is None or op.inputs[0].shape != op.outputs[0].shape:
-            return False
-        by = op.inputs[1]
-        return by in self._zeros if isinstance(by, Value) else not np.any(by.value)
-
-    def _define(self, op: Op, path: Path, given: Sequence[Value | None]) -> list[Value]:
-        key = None
-        if self._merged is not None and not op.bodies:
-            literals = tuple(repr(x.value) for x in op.inputs if isinstance(x, Literal))
-            key = (op.name, tuple(given), literals, repr(sorted(op.attributes.items(), key=lambda item: item[0])))
-            if key in self._merged:
-                return self._merged[key]
-        outputs = [Value(x.aval) for x in op.outputs]
-        self.nodes.append(Node(op, path, list(given), outputs))
-        if key is not None and self._merged is not None:
-            self._merged[key] = outputs
-        return outputs
-
-
-def _needed(nodes: Sequence[Node], outputs: Iterable[Value]) -> list[Node]:
-    needed, found = set(outputs), list[Node]()
-    for node in reversed(nodes):
-        if any(y in needed for y in node.outputs):
-            found.append(node)
-            needed.update(node.inputs)
-    return found[::-1]

@@ -97,6 +97,11 @@ def fusible(op: Op) -> bool:
     return op.name in CHEAP or op.name in COSTLY
 
 
+def by_element(node: Node) -> bool:
+    """Whether a result's element depends on the operands' elements in the same place alone."""
+    return node.fusible and node.op.name not in _RESHAPING
+
+
 def with_broadcasts(nodes: Sequence[Node]) -> list[Node]:
     """Operations on elements with operands of the result's size: what JAX stretches becomes a broadcast of its own.
 
@@ -106,7 +111,7 @@ def with_broadcasts(nodes: Sequence[Node]) -> list[Node]:
     stretched: dict[tuple[Value, tuple[int, ...]], Value] = {}
     for node in nodes:
         operands = list(node.operands)
-        if node.fusible and node.op.name not in _RESHAPING and len(node.outputs) == 1:
+        if by_element(node) and len(node.outputs) == 1:
             shape = node.outputs[0].shape
             for i, x in enumerate(operands):
                 if x is None or math.prod(x.shape) == math.prod(shape):
@@ -118,6 +123,24 @@ def with_broadcasts(nodes: Sequence[Node]) -> list[Node]:
                 operands[i] = stretched[x, shape]
         found.append(dataclasses.replace(node, operands=operands))
     return found
+
+
+def slices(op: Op) -> Sequence[Value]:
+    """The inputs of a scan's body that are slices of its operands."""
+    constants, carry = _jax.scan_counts(dict(op.attributes))
+    return op.bodies[0].inputs[constants + carry :]
+
+
+def with_slices(nodes: Sequence[Node], sliced: Collection[Value]) -> list[Node]:
+    """Operations of a loop's body, with slices of what the loop goes over: a product reads them from memory."""
+    taken = {x: Value(x.aval) for x in dict.fromkeys(x for node in nodes for x in node.inputs) if x in sliced}
+    first: list[Node] = []
+    for x, y in taken.items():
+        first.append(Node(Op("dynamic_slice", (x,), (y,), {}), (), [x], [y]))
+    return first + [
+        dataclasses.replace(node, operands=[x if x is None else taken.get(x, x) for x in node.operands])
+        for node in nodes
+    ]
 
 
 def with_rearranged(nodes: Sequence[Node]) -> list[Node]:
@@ -157,6 +180,11 @@ def with_rearranged(nodes: Sequence[Node]) -> list[Node]:
                 operands[i] = x
         found.append(dataclasses.replace(node, operands=operands))
     return found
+
+
+def library_nodes(nodes: Sequence[Node], sliced: Collection[Value]) -> list[Node]:
+    """Operations as XLA's compiler for CPUs has them before it fuses: broadcasts, slices and transposes on their own."""
+    return with_rearranged(with_broadcasts(with_slices(nodes, sliced)))
 
 
 class Library:
