@@ -5,10 +5,13 @@ jaxpr is a class of its own, how `scan` counts its operands.
 """
 
 import contextlib
+import dataclasses
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.export
 from jax._src import core as _core
 from jax._src import source_info_util as _source_info
 from jax.extend import core as _extend
@@ -222,3 +225,18 @@ def has_effects(equation: Equation | None) -> bool:
 def function_name(jaxpr: Any) -> str:
     """What the function that a nested jaxpr was traced from is called."""
     return open_jaxpr(close(jaxpr))[0].debug_info.func_name
+
+
+def exported(function: Callable[..., Any], shapes: Sequence[jax.ShapeDtypeStruct], platform: str) -> bytes:
+    """A function of arrays as StableHLO for a platform that need not be there, for `imported` of this version of JAX.
+
+    `jax.export` has a format of its own for files, which outlives versions and needs another library.
+    """
+    found = jax.export.export(jax.jit(function, keep_unused=True), platforms=(platform,))(*shapes)
+    return pickle.dumps(dataclasses.replace(found, _get_vjp=None))
+
+
+def imported(content: bytes) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
+    """The function that `exported` wrote, and the shapes that it takes. Of a file that somebody else wrote: never."""
+    found = pickle.loads(content)
+    return found.call, list(map(as_struct, found.in_avals))

@@ -468,3 +468,27 @@ def make_source(
         f"cannot capture a {type(model).__name__}: give an nnx.Module, a linen Module with its variables, or a "
         "function fn(params, *inputs)"
     )
+
+
+def check_store(name: str, what: str, given: Arrays, own: Arrays) -> None:
+    """Raises `SignatureError` unless arrays by path have the paths, shapes and dtypes of a program's own.
+
+    Args:
+        name: the program's.
+        what: what the arrays are, for the message.
+        given: what a caller gives.
+        own: what the program has.
+    """
+    if given.keys() != own.keys():
+        missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+        raise SignatureError(
+            f"the {what} do not fit the program '{name}': missing {missing[:3]}, unknown {extra[:3]}; pass a "
+            "dictionary with the paths of program.params and program.state"
+        )
+    for path, x in given.items():
+        if tuple(x.shape) != tuple(own[path].shape) or x.dtype != own[path].dtype:
+            raise SignatureError(
+                f"'{path}' is {x.dtype}{list(x.shape)}, but the program '{name}' was captured with "
+                f"{own[path].dtype}{list(own[path].shape)}; capture the model with parameters of that type, or change "
+                "the type with a pass"
+            )

@@ -93,12 +93,24 @@ class CompileError(CompaxError):
     """A program cannot be compiled for a slice: no compiler, a failing one, or one that was killed."""
 
 
+class NoCompilerError(CompileError):
+    """Nothing here compiles for a target; says what to install."""
+
+
 class CompilerBusyError(CompileError):
     """Another process of this machine has the compiler, which serves one at a time."""
 
 
 class MemoryLimitError(CompileError):
     """A program needs more memory than a chip of its target has."""
+
+
+class LaunchError(CompaxError, ValueError):
+    """What should be launched is malformed, or cannot be launched from here."""
+
+
+class DistributedError(CompaxError):
+    """Processes do not find each other, do not fit together, or one of them is gone."""
 
 
 class BudgetError(CompaxError):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from compax import lowering, module, program_text, raising
 from compax.analysis import coverage as covering
@@ -18,6 +18,7 @@ from compax.capture import (
     Signature,
     Static,
     check_mode,
+    check_store,
     make_source,
     take_apart,
     trace_entry,
@@ -26,7 +27,7 @@ from compax.capture import (
 from compax.composites.base import Composite
 from compax.encoding import Encoded
 from compax.errors import CaptureError, DeclarationError, SignatureError, VerificationError
-from compax.placement import Placement
+from compax.placement import DEVICE, Placement
 from compax.sources import Arrays
 
 if TYPE_CHECKING:
@@ -84,20 +85,20 @@ class Program:
         return self.replace(origin=self.origin or own, **changes)
 
     def place(self, devices: "Mesh | Sequence[Any] | None" = None) -> "Program":
-        """The program on the devices that its placement is for, its arrays where they belong.
+        """The program with its arrays where its placement wants them.
 
         Args:
             devices: a mesh, or devices to lay the placement's mesh over; by default all of JAX's.
 
         Raises:
-            PlacementError: the program is laid over no mesh, or over another one, or there are too few devices.
+            PlacementError: the program is laid over no mesh or another one, or there are too few devices.
         """
-        mesh = self.placement.mesh_over(devices)
-        placement = self.placement.over(mesh)
-        whole = NamedSharding(mesh, PartitionSpec())
-        params = jax.device_put(dict(self.params), placement.shardings(self.params))
-        state = jax.device_put(dict(self.state), whole)
-        return self.replace(params=params, state=state, placement=placement)
+        placement = self.placement.over(self.placement.mesh_over(devices))
+        return self.replace(
+            params=jax.device_put(dict(self.params), placement.shardings(self.params)),
+            state=jax.device_put(dict(self.state), placement.place(PartitionSpec(), DEVICE)),
+            placement=placement,
+        )
 
     # -- calling ------------------------------------------------------------------------------------------------
 
@@ -133,7 +134,8 @@ class Program:
         """
         chosen, arguments = self._arguments(entry, args, kwargs)
         captured = self.graph(chosen.name, arguments)
-        self._check_store(params, state)
+        check_store(self.name, "parameters", params, self.params)
+        check_store(self.name, "state", state, self.state)
         output, updates, aux = self._finish(captured, arguments, self._flat(captured, params, state, arguments.arrays))
         return output, {**state, **updates}, aux
 
@@ -164,23 +166,6 @@ class Program:
     def _arguments(self, entry: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, Arguments]:
         chosen = self.entry(entry)
         return chosen, take_apart(chosen, args, kwargs)
-
-    def _check_store(self, params: Arrays, state: Arrays) -> None:
-        for what, given, own in (("parameters", params, self.params), ("state", state, self.state)):
-            if given.keys() != own.keys():
-                missing = sorted(own.keys() - given.keys())
-                extra = sorted(given.keys() - own.keys())
-                raise SignatureError(
-                    f"the {what} do not fit the program '{self.name}': missing {missing[:3]}, unknown {extra[:3]}; "
-                    "pass a dictionary with the paths of program.params and program.state"
-                )
-            for path, x in given.items():
-                if tuple(x.shape) != tuple(own[path].shape) or x.dtype != own[path].dtype:
-                    raise SignatureError(
-                        f"'{path}' is {x.dtype}{list(x.shape)}, but the program '{self.name}' was captured with "
-                        f"{own[path].dtype}{list(own[path].shape)}; capture the model with parameters of that type, or "
-                        "change the type with a pass"
-                    )
 
     def entry(self, name: str | None = None) -> Entry:
         """An entry by name; the first one by default."""

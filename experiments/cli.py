@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from compax.errors import CompaxError, ConfigError
 from compax.experiments import config as configs
 from compax.experiments.config import Config
+from compax.experiments.launch_cli import LAUNCH_HELP, add_launch
 
 if TYPE_CHECKING:
     from compax.experiments.console import Console
@@ -65,6 +66,9 @@ def _one_line(message: str) -> str:
 
 
 def _run(argv: list[str]) -> int:
+    # What follows -- is another command's: nothing of it is read here.
+    place = argv.index("--") if "--" in argv else len(argv)
+    argv, after = argv[:place], argv[place + 1 :]
     argv, overrides = _take_overrides(argv)
     parser, commands = _parser()
     if not argv:
@@ -73,7 +77,9 @@ def _run(argv: list[str]) -> int:
     if not argv[0].startswith("-") and argv[0] not in commands:
         raise ConfigError(f"unknown command '{argv[0]}'{configs.closest(argv[0], commands)}")
     args = parser.parse_args(argv)
-    args.overrides = overrides
+    args.overrides, args.after = overrides, after
+    if after and argv[0] != "launch":
+        raise ConfigError(f"only compax launch takes a command after --: {' '.join(after)}")
     command: Callable[[argparse.Namespace, Console], int] = args.command
 
     from compax.experiments.console import Console
@@ -171,6 +177,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     plan.add_argument("--html", metavar="FILE", help="write a page with pictures")
     plan.add_argument("--hlo", metavar="FILE", help="write the compiled text")
     plan.add_argument("--sweep", metavar="NAME=VALUES", nargs="+", help="plan every combination, and compare")
+
+    launch = command("launch", _launch, "run a command on slices of Cloud TPU, or print what that takes", LAUNCH_HELP)
+    add_launch(launch, _CONFIG_HELP)
 
     passes = command("passes", _passes, "list the registered passes, or explain one")
     passes.add_argument("name", metavar="NAME", nargs="?", help="a pass, such as quantize")
@@ -302,6 +311,12 @@ def _plan(args: argparse.Namespace, console: Console) -> int:
     else:
         plan.plan(config, options, console)
     return 0
+
+
+def _launch(args: argparse.Namespace, console: Console) -> int:
+    from compax.experiments import launch_cli
+
+    return launch_cli.launch(args, console)
 
 
 def _passes(args: argparse.Namespace, console: Console) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 import compax
 from compax.errors import ConfigError
@@ -62,14 +63,14 @@ def start(config: Config, program: compax.Program) -> tuple[TrainState, dict[str
     trainable, state = jax.tree.map(jnp.copy, (trainable, program.state))
     zero = jnp.zeros((), jnp.int32)
 
-    @jax.jit
-    def moments_of(params: dict[str, Any]) -> Any:
-        made = TrainState(params, {}, optimizer(config).init(params), zero, zero)
-        if placement.mesh is not None:
-            made = laid_out(made, program.params, placement, placement_specs(placement))
-        return made.optimizer
-
-    moments = moments_of(trainable)
+    init = optimizer(config).init
+    if isinstance(placement.mesh, Mesh):
+        specs = placement_specs(placement).optimizer
+        of_moments = shardings.follow(jax.eval_shape(init, trainable), program.params, specs)
+        # Zeros and counters come from no array, so nothing but this says where they are to be.
+        init = jax.jit(init, out_shardings=jax.tree.map(lambda spec: placement.place(spec, DEVICE), of_moments))
+        zero, state = jax.device_put((zero, state), placement.place(PartitionSpec(), DEVICE))
+    moments = init(trainable)
     if placement.optimizer_memory != DEVICE:
         moments = placed(moments, placement.optimizer_memory)
     trainable, frozen = placement.placed(trainable), placement.placed(frozen)

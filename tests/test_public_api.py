@@ -29,7 +29,7 @@ PUBLIC: dict[str, list[str]] = {
         "save_safetensors",
         "smollm2_path",
     ],
-    "compax.passes": ["Cast", "Flash", "Freeze", "Offload", "Quantize", "Remat", "TileLoss"],
+    "compax.passes": ["Cast", "Flash", "Freeze", "Offload", "Quantize", "Remat", "Shard", "TileLoss"],
     "compax.tpu": [
         "Built",
         "Compiled",

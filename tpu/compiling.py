@@ -24,8 +24,9 @@ from typing import Any
 from compax import errors
 from compax.analysis.hlo import Collective
 from compax.analysis.hlo_memory import Buffer
-from compax.errors import CompileError
+from compax.errors import CompileError, NoCompilerError
 from compax.target import Target
+from compax.tpu import worker
 from compax.tpu.topology import mesh_text
 
 
@@ -139,7 +140,8 @@ def compile_for(request: Request, tell: Tell = lambda phase, seconds: None, *, p
         The figures; where the program does not fit, its `shortage`.
 
     Raises:
-        CompileError: there is no compiler, it fails, or the child was killed.
+        NoCompilerError: there is no compiler for the target.
+        CompileError: it fails, or the child was killed.
         CompilerBusyError: another process has the compiler and did not end in time.
         CompaxError: what the builder raised.
     """
@@ -166,17 +168,17 @@ def compile_for(request: Request, tell: Tell = lambda phase, seconds: None, *, p
 
 
 def check_compiler(target: Target) -> None:
-    """Raises `CompileError` if nothing here compiles for a target; the message says what to install."""
+    """Raises `NoCompilerError` if nothing here compiles for a target; the message says what to install."""
     if target.chip.platform == "cpu":
         return
     if target.chip.platform != "tpu":
-        raise CompileError(
+        raise NoCompilerError(
             f"{target} cannot be compiled for without one: only slices of TPUs have a compiler that needs no device"
         )
     if importlib.util.find_spec("libtpu") is None:
         wanted = libtpu_version()
         version = f" (libtpu {wanted} goes with jax {importlib.metadata.version('jax')})" if wanted else ""
-        raise CompileError(
+        raise NoCompilerError(
             f"the compiler of TPUs is missing: pip install -e '.[tpu]', or pip install 'jax[tpu]'{version}; no TPU is "
             "needed to compile for one"
         )
@@ -199,16 +201,18 @@ def _error(failure: Mapping[str, Any], target: Target) -> errors.CompaxError:
 
 def _run(request: Request, tell: Callable[[str], None], patience: float) -> dict[str, Any]:
     """Runs the child process to its end and returns what it wrote."""
+    content = {
+        "target": str(request.target),
+        "axes": dict(request.axes),
+        "builder": request.builder,
+        "arguments": request.arguments,
+        "hlo": request.hlo and os.path.abspath(request.hlo),
+        "patience": patience,
+    }
+    if request.target.chip.platform == "tpu" and _compiler_is_here():
+        return worker.work(content, tell)
     with tempfile.TemporaryDirectory(prefix="compax-plan-") as folder:
         asked, answer, noise = (pathlib.Path(folder) / name for name in ("request", "result", "noise"))
-        content = {
-            "target": str(request.target),
-            "axes": dict(request.axes),
-            "builder": request.builder,
-            "arguments": request.arguments,
-            "hlo": request.hlo and os.path.abspath(request.hlo),
-            "patience": patience,
-        }
         asked.write_text(json.dumps(content), encoding="utf-8")
         with noise.open("wb") as stderr, _child(asked, answer, stderr) as child:
             assert child.stdout is not None
@@ -220,6 +224,17 @@ def _run(request: Request, tell: Callable[[str], None], patience: float) -> dict
         if code or not answer.is_file():
             raise CompileError(_death(code, phase, request, noise.read_text("utf-8", errors="replace")))
         return json.loads(answer.read_text("utf-8"))
+
+
+def _compiler_is_here() -> bool:
+    """Whether this process has the compiler of TPUs, so that no child could get it before this one ends.
+
+    JAX takes it at its start where it looks for a TPU, also where it finds none: unless JAX_PLATFORMS=cpu is set.
+    """
+    try:
+        return "libtpu.so" in pathlib.Path("/proc/self/maps").read_text("utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

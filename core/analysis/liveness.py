@@ -8,11 +8,10 @@ afterwards where the operation may work in place. A loop adds the most that one 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
-from compax.analysis.buffers import BACKENDS, Buffers, Step, fusible, size_bytes
+from compax.analysis.buffers import BACKENDS, Buffers, Step
+from compax.analysis.scheduling import overwritten
 from compax.analysis.tracing import Place, Traced
 from compax.ir import Value
-
-_IN_PLACE = frozenset({"dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "scatter-mul", "while", "scan"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,25 +69,25 @@ def liveness(traced: Traced, platform: str, *, donated: Collection[str] = ()) ->
     buffers = Buffers(traced.graph, BACKENDS[platform])
     arguments: dict[str, int] = {}
     for role, x in zip(traced.inputs, traced.graph.inputs, strict=True):
-        arguments[role.kind] = arguments.get(role.kind, 0) + size_bytes(x)
-    free = [
-        (x.shape, str(x.dtype))
-        for role, x in zip(traced.inputs, traced.graph.inputs, strict=True)
-        if role.kind in donated
-    ]
+        arguments[role.kind] = arguments.get(role.kind, 0) + buffers.nbytes(x)
+    free = [x for role, x in zip(traced.inputs, traced.graph.inputs, strict=True) if role.kind in donated]
     returned = dict.fromkeys(x for x in buffers.outputs if x is not None and x not in buffers.inputs)
-    aliased: set[Value] = set()
-    for x in returned:
-        if (x.shape, str(x.dtype)) in free:
-            free.remove((x.shape, str(x.dtype)))
-            aliased.add(x)
-    outputs = sum(size_bytes(x) for x in traced.graph.outputs if isinstance(x, Value))
-    run = _run(buffers, returned.keys(), {})
-    fixed = sum(arguments.values()) + sum(size_bytes(x) for x in returned if x not in aliased)
+    aliased: dict[Value, Value] = {}
+    for y in returned:
+        x = next((x for x in free if (x.shape, x.dtype) == (y.shape, y.dtype)), None)
+        if x is not None:
+            free.remove(x)
+            aliased[y] = x
+    own = [x for x in returned if x not in aliased]
+    if buffers.backend.copies_donated:
+        buffers.copy_inputs(overwritten(buffers.steps, aliased))
+    outputs = sum(buffers.nbytes(Value(x.aval)) for x in traced.graph.outputs if isinstance(x, Value))
+    run = _run(buffers, returned.keys(), {}, own)
+    fixed = sum(arguments.values()) + sum(map(buffers.nbytes, own))
     return Liveness(
         arguments=arguments,
         outputs=outputs,
-        donated=sum(map(size_bytes, aliased)),
+        donated=sum(map(buffers.nbytes, aliased)),
         temporaries=run.peak,
         peak=fixed + run.peak,
         alive=tuple(_alive(traced, run)),
@@ -114,58 +113,121 @@ class _Run:
     timeline: list[int]
 
 
-def _run(buffers: Buffers, apart: Collection[Value], turns: dict[int, int]) -> _Run:
+@dataclasses.dataclass(eq=False)
+class _Place:
+    """Memory that a buffer takes, and those that take its place in turn.
+
+    Attributes:
+        size: bytes.
+        until: the last step that reads it.
+        held: the steps that wrote it, by number, with what they wrote.
+    """
+
+    size: int
+    until: int
+    held: list[tuple[int, Value, Step]]
+
+    @property
+    def since(self) -> int:
+        return self.held[0][0]
+
+    def at(self, number: int) -> tuple[Value, int, Step]:
+        """What is in it after a step."""
+        _, value, step = [held for held in self.held if held[0] <= number][-1]
+        return value, self.size, step
+
+
+def _run(buffers: Buffers, apart: Collection[Value], turns: dict[int, _Run], reserved: Sequence[Value] = ()) -> _Run:
     """Follows the steps.
 
     Args:
         buffers: what they read and write.
         apart: results that are counted elsewhere.
         turns: for bodies that were followed before, what a turn needs.
+        reserved: of what is apart, results whose memory others take until they are written.
     """
+    inner = [_turn(step, buffers, turns) for step in buffers.steps]
+    places = _places(buffers, apart)
+    lodged = _lodged(buffers, places, inner, reserved)
+    found = _Run(0, [], None, [])
+    starting: dict[int, list[_Place]] = {}
+    for place in places:
+        if place not in lodged:
+            starting.setdefault(place.since, []).append(place)
+    alive: list[_Place] = []
+    now = 0
+    for number, (step, turn) in enumerate(zip(buffers.steps, inner, strict=True)):
+        alive += starting.get(number, [])
+        now += sum(place.size for place in starting.get(number, ()))
+        beside = turn.peak - lodged.get(number, 0) if turn is not None else 0
+        found.timeline.append(now + beside)
+        if now + beside > found.peak:
+            found.peak = now + beside
+            found.alive = [place.at(number) for place in alive]
+            found.turn = (beside, step) if beside else None
+        now -= sum(place.size for place in alive if place.until <= number)
+        alive = [place for place in alive if place.until > number]
+    return found
+
+
+def _places(buffers: Buffers, apart: Collection[Value]) -> list[_Place]:
+    """The memory that buffers take, results of a step in place of what it reads last where it may."""
     last: dict[Value, int] = {}
     for number, step in enumerate(buffers.steps):
         last.update(dict.fromkeys(step.reads, number))
-    kept = {x for x in buffers.outputs if x is not None}
-    held: dict[Value, tuple[int, Step]] = {}
-    found = _Run(0, [], None, [])
-    now = 0
+    last.update((x, len(buffers.steps)) for x in buffers.outputs if x is not None)
+    found: list[_Place] = []
+    of: dict[Value, _Place] = {}
     for number, step in enumerate(buffers.steps):
-        dying = [x for x in step.reads if x in held and last[x] == number and x not in kept]
+        dying = [x for x in step.replaces if x in of and last[x] == number]
         for y in step.outputs:
             if y in apart:
                 continue
             size = buffers.nbytes(y)
-            taken = next((x for x in dying if held[x][0] == size), None) if _in_place(step) else None
-            if taken is not None:
+            taken = next((x for x in dying if of[x].size == size), None)
+            if taken is None:
+                of[y] = _Place(size, number, [])
+                found.append(of[y])
+            else:
                 dying.remove(taken)
-                now -= held.pop(taken)[0]
-            held[y] = (size, step)
-            now += size
-        turn = _turn(step, buffers, turns)
-        found.timeline.append(now + turn)
-        if now + turn > found.peak:
-            found.peak = now + turn
-            found.alive = [(x, size, made) for x, (size, made) in held.items()]
-            found.turn = (turn, step) if turn else None
-        for x in [x for x in held if last.get(x, -1) <= number and x not in kept]:
-            now -= held.pop(x)[0]
+                of[y] = of.pop(taken)
+            of[y].held.append((number, y, step))
+            of[y].until = last.get(y, number)
     return found
 
 
-def _in_place(step: Step) -> bool:
-    name = step.op.name
-    return name in _IN_PLACE or fusible(step.op)
+def _lodged(
+    buffers: Buffers, places: Sequence[_Place], turns: Sequence[_Run | None], reserved: Sequence[Value]
+) -> dict[_Place | int, int]:
+    """What lies in the memory of results that are not written yet: buffers, and of loops' turns, by number, the bytes.
+
+    XLA goes through buffers from the largest to the smallest and gives each memory that is there already, if nothing
+    else is in it meanwhile (`BufferAssigner::AssignBuffersForComputations`).
+    """
+    written = {y: number for number, step in enumerate(buffers.steps) for y in step.outputs}
+    rooms = [(buffers.nbytes(y), [(written[y], len(written))]) for y in reserved if y in written]
+    guests: list[tuple[int, int, int, _Place | int]] = [(p.size, p.since, p.until, p) for p in places]
+    for number, turn in enumerate(turns if rooms else ()):
+        guests += [(size, number, number, number) for _, size, _ in (turn.alive if turn is not None else ())]
+    found: dict[_Place | int, int] = {}
+    for size, since, until, who in sorted(guests, key=lambda guest: (-guest[0], guest[1])) if rooms else ():
+        for room, taken in rooms:
+            if size <= room and all(until < start or end < since for start, end in taken):
+                taken.append((since, until))
+                found[who] = found.get(who, 0) + size
+                break
+    return found
 
 
-def _turn(step: Step, buffers: Buffers, turns: dict[int, int]) -> int:
-    """The most that a turn of a loop, or a branch, needs beside what goes in and comes out of it."""
+def _turn(step: Step, buffers: Buffers, turns: dict[int, _Run]) -> _Run | None:
+    """What a turn of a loop, or a branch, needs beside what goes in and comes out of it."""
     if step.op.name not in ("scan", "while", "cond"):
-        return 0
+        return None
     bodies = step.op.bodies if step.op.name == "cond" else step.op.bodies[-1:]
     for body in bodies:
         if id(body) not in turns:
-            turns[id(body)] = _run(buffers.body(body), (), turns).peak
-    return max(turns[id(body)] for body in bodies)
+            turns[id(body)] = _run(buffers.body(body), (), turns)
+    return max((turns[id(body)] for body in bodies), key=lambda run: run.peak)
 
 
 def _alive(traced: Traced, run: _Run) -> Sequence[Alive]:

@@ -156,15 +156,21 @@ def value_names(
     return found
 
 
-def checkpointed(captured: Captured, regions: Sequence[Region], marks: Mapping[Path, Mark]) -> Captured:
+def checkpointed(
+    captured: Captured,
+    regions: Sequence[Region],
+    marks: Mapping[Path, Mark],
+    policy: Callable[..., Any] | None = None,
+) -> Captured:
     """A graph in which some regions are computed again in the backward pass.
 
     Args:
         captured: the graph; its regions have no rematerialization of their own.
         regions: which to compute again.
         marks: operations whose results are kept all the same, on the device or in host memory.
+        policy: of `jax.checkpoint`, such as one of `jax.checkpoint_policies`, instead of marks.
     """
-    return _evaluated(captured, _Checkpointing(captured, regions, marks, frozenset())) if regions else captured
+    return _evaluated(captured, _Checkpointing(captured, regions, marks, frozenset(), policy)) if regions else captured
 
 
 def without_checkpoints(captured: Captured, regions: Sequence[Region]) -> Captured:
@@ -210,7 +216,12 @@ class _Checkpointing(lowering.Evaluator):
     """Evaluates regions under `jax.checkpoint`, and gives names to what is kept."""
 
     def __init__(
-        self, captured: Captured, regions: Sequence[Region], marks: Mapping[Path, Mark], inlined: frozenset[int]
+        self,
+        captured: Captured,
+        regions: Sequence[Region],
+        marks: Mapping[Path, Mark],
+        inlined: frozenset[int],
+        policy: Callable[..., Any] | None = None,
     ):
         super().__init__(rebuild=True)
         self._inlined = inlined
@@ -221,7 +232,7 @@ class _Checkpointing(lowering.Evaluator):
         self._inside = 0
         offloaded = "offload" in marks.values()
         policies = jax.checkpoint_policies
-        self._policy: Callable[..., Any] = (
+        self._policy: Callable[..., Any] = policy or (
             policies.save_and_offload_only_these_names(
                 names_which_can_be_saved=[SAVE],
                 names_which_can_be_offloaded=[OFFLOAD],

@@ -9,12 +9,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from compax import _jax
+from compax import _jax, ir
 from compax.capture import Captured
-from compax.constraint import constrain
+from compax.constraint import CONSTRAIN, constrain
 from compax.errors import RewriteError
 from compax.ir import Graph, Op, Operand, Path, Value
 from compax.rewrites.splice import emit
@@ -82,12 +84,13 @@ def constrained(captured: Captured, constraints: Constraints) -> Captured:
         for value, tag in zip(captured.graph.inputs, captured.inputs, strict=True)
         if tag.kind == "parameter" and tag.path in constraints.parameters
     }
-    graph = _Inserter(constraints).graph(captured.graph, (), inputs)
+    graph = _Inserter(captured, constraints).graph(captured.graph, (), inputs)
     return captured if graph is captured.graph else dataclasses.replace(captured, graph=graph)
 
 
 class _Inserter:
-    def __init__(self, constraints: Constraints):
+    def __init__(self, captured: Captured, constraints: Constraints):
+        self.captured = captured
         self.constraints = constraints
         self.holders = {path[:d] for path in self._paths() for d in range(1, len(path))}
         self.memo: dict[object, Graph] = {}
@@ -121,9 +124,11 @@ class _Inserter:
             return env.get(x, x) if isinstance(x, Value) else x
 
         cast: dict[Op, Chain] = {}
+        gathers = False
         for x, laid in inputs.items():
             if x in deeper:
                 continue
+            gathers = gathers or any(each.gathered for each in laid)
             if casts := _casts(graph, x):
                 cast |= dict.fromkeys(casts, laid)
             else:
@@ -148,7 +153,15 @@ class _Inserter:
         outputs = tuple(map(read, graph.outputs))
         if len(ops) == len(graph.ops) and all(a is b for a, b in zip(ops, graph.ops, strict=True)):
             return graph
-        return dataclasses.replace(graph, ops=tuple(ops), outputs=outputs, imported=False)
+        result = dataclasses.replace(graph, ops=tuple(ops), outputs=outputs, imported=False)
+        return _forgetting(result) if gathers and self._is_turn(prefix) else result
+
+    def _is_turn(self, prefix: Path) -> bool:
+        """Whether steps lead to the body of a loop."""
+        if not prefix:
+            return False
+        *before, (position, _) = prefix
+        return ir.resolve(self.captured.graph, (*before, (position, -1))).name == "scan"
 
     def _bodies(self, op: Op, first: Path, deeper: Mapping[Operand, Chain]) -> tuple[Graph, ...]:
         if op.name not in ENTERED or op.equation is None:
@@ -176,6 +189,26 @@ class _Inserter:
             raise RewriteError(f"a sharding constraint: {error}") from error
         ops.extend(new)
         return result
+
+
+def _forgetting(body: Graph) -> Graph:
+    """The turn of a loop that keeps everything for the backward pass but gathered parameters.
+
+    Kept, they would be the whole stack on every device: more than what their storage in parts saves.
+    """
+    like = _jax.abstract(jax.ShapeDtypeStruct((), jnp.float32))
+    (remat,) = ir.trace(jax.checkpoint(jnp.sin, policy=_all_but_gathered, prevent_cse=False), like).ops
+    if body.constants:
+        return body
+    outputs = tuple(Value(x.aval) for x in body.outputs)
+    inputs = tuple(Value(x.aval) for x in body.inputs)
+    op = dataclasses.replace(remat, inputs=inputs, outputs=outputs, bodies=(body,))
+    return dataclasses.replace(body, inputs=inputs, ops=(op,), outputs=outputs, imported=False)
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """A policy of `jax.checkpoint`. What is constrained comes from its source, which takes less where it is split."""
+    return primitive.name != CONSTRAIN and not (primitive.name == "name" and parameters["name"] == GATHERED)
 
 
 def _casts(graph: Graph, x: Value) -> list[Op]:

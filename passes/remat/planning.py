@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from compax import _jax, ir
-from compax.analysis import buffers as buffering
+from compax.analysis import library
 from compax.analysis.buffers import BACKENDS, Backend, Buffers, Flat, Node, size_bytes
 from compax.analysis.cost_rules import Work, work
 from compax.analysis.liveness import Liveness, liveness
@@ -131,14 +131,14 @@ def _items(
     items = []
     for i, node in enumerate(nodes):
         sources = tuple(dict.fromkeys(producer[x] for x in node.inputs if x in producer))
-        kept = sum(map(size_bytes, node.outputs))
+        kept = sum(map(held.full_bytes, node.outputs))
         stored = any(held.keeps(y) for y in node.outputs)
         narrow = backend.narrow_products and all(held.feeds_products(y) for y in node.outputs)
         items.append(
             Item(
                 sources=sources,
                 needed=i in own,
-                keepable=bool(sources) or not buffering.fusible(node.op),
+                keepable=bool(sources) or not library.fusible(node.op),
                 seconds=_seconds(node, target),
                 kept_bytes=kept // 2 if narrow else kept,
                 working_bytes=kept if stored else 0,
@@ -150,13 +150,13 @@ def _items(
 def _seconds(node: Node, target: Target) -> float:
     """The least time to compute an operation again; what is fused pays for its result alone."""
     moved = sum(map(size_bytes, node.outputs))
-    if buffering.fusible(node.op):
+    if library.fusible(node.op):
         return _FUSED * moved / target.device_memory_bandwidth
     moved += sum(map(size_bytes, node.inputs))
     done = work(node.op)
     flops = done.flops if isinstance(done, Work) else 0
     dtype = node.op.inputs[0].dtype if node.op.inputs else jnp.float32
-    products = node.op.name in buffering.PRODUCTS and jnp.issubdtype(dtype, jnp.number)
+    products = node.op.name in library.PRODUCTS and jnp.issubdtype(dtype, jnp.number)
     return target.roofline_seconds({str(dtype): flops} if products else {}, moved)
 
 
@@ -178,6 +178,10 @@ class Plan:
     regions: tuple[Region, ...]
     choice: Choice
     predicted: Liveness
+
+    def same(self, other: "Plan") -> bool:
+        """Whether both keep the same."""
+        return self.marks == other.marks and self.regions == other.regions
 
 
 class Planner:

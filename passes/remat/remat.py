@@ -6,15 +6,17 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
+from compax import compilers
 from compax.analysis.training import returns_loss
 from compax.capture import Captured
 from compax.composites.base import Attention
 from compax.contracts import Exact
-from compax.errors import BudgetError, PipelineError, SelectorError
+from compax.errors import PipelineError, SelectorError
 from compax.ir import Path
 from compax.meaning import Meaning
-from compax.passes.remat.planning import Plan, Planner
-from compax.printing import bytes_text, graph_text, share_text
+from compax.passes.remat.planning import Planner
+from compax.passes.remat.searching import Meter, search, told
+from compax.printing import graph_text
 from compax.program import Program
 from compax.raising import Site, find_sites
 from compax.rewrites.checkpoint import Mark, Region, checkpointed, find_regions, value_names, without_checkpoints
@@ -24,10 +26,6 @@ from compax.text import Bytes
 from compax.transform import Context, Pass, PassResult, SiteReport, register
 
 __all__ = ["Remat"]
-
-_COMPILES = 3
-_ROOM = 0.1
-_LISTED = 4
 
 
 @register("remat")
@@ -158,7 +156,8 @@ class Remat(Pass):
         view = _with_loss(views)
         regions = [region for region in view.regions if region.name in chosen]
         planner = Planner(program, view.captured, regions, target, self.optimizer)
-        plan, notes = _search(planner, self.budget, _meter(context, target), view.meaning)
+        found = search(planner, self.budget, _meter(context, target), view.meaning)
+        plan, notes = found.plan, (told(found, planner, self.budget),)
         names = {path: name for name, path in view.names(chosen).items()}
         marks: dict[str, Mark] = {names[path]: mark for path, mark in plan.marks.items()}
         return tuple(region.name for region in plan.regions), marks, notes
@@ -212,78 +211,10 @@ def _own_chip() -> str:
     )
 
 
-Meter = Callable[[Planner, Plan], int]
+def _meter(context: Context, target: Target) -> Meter:
+    """What compiles a step and returns its peak."""
 
+    def compiled(function: Callable[..., Any], shapes: tuple[Any, ...], donated: tuple[int, ...]) -> int:
+        return compilers.peak_bytes(function, shapes, donated, target)
 
-def _meter(context: Context, target: Target) -> Meter | None:
-    """What compiles a plan's step and returns its peak; none where there is no compiler for the target."""
-    compile_peak = context.compiled_peak
-    if compile_peak is None and target.chip.platform == jax.default_backend():
-        compile_peak = _compiled_here
-    if compile_peak is None:
-        return None
-    return lambda planner, plan: compile_peak(*planner.step.plain(planner.rewritten(plan)))
-
-
-def _compiled_here(function: Callable[..., Any], shapes: tuple[Any, ...], donated: tuple[int, ...]) -> int:
-    memory = jax.jit(function, donate_argnums=donated).lower(*shapes).compile().memory_analysis()
-    if memory is None:
-        raise BudgetError("remat: the compiler says nothing of memory here; name another target")
-    total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    # Where the compiler says the peak of everything it is more than the arguments and results alone.
-    return max(total + memory.temp_size_in_bytes, memory.peak_memory_in_bytes)
-
-
-def _search(planner: Planner, budget: int, meter: Meter | None, meaning: Meaning) -> tuple[Plan, tuple[str, ...]]:
-    """A plan that the compiler finds within the budget, in at most three compiles."""
-    if meter is None:
-        plan = planner.plan(budget)
-        if plan is None:
-            raise BudgetError(_too_little(planner, budget, planner.least.peak, "predicted", meaning))
-        return plan, (f"{_told(planner, plan)}; not compiled: there is no compiler for {planner.target} here",)
-    allowed, fitting, said = budget, None, []
-    for compiles in range(1, _COMPILES + 1):
-        plan = planner.plan(allowed) or planner.keeping_nothing()
-        if compiles == _COMPILES and fitting is None:
-            plan = planner.keeping_nothing()
-        compiled = meter(planner, plan)
-        said.append(compiled)
-        if compiled <= budget and (fitting is None or plan.choice.seconds <= fitting[0].choice.seconds):
-            fitting = (plan, compiled)
-        least = plan.choice.seconds >= planner.nothing.seconds
-        if compiled > budget and least:
-            break
-        if compiled <= budget and (compiled > (1 - _ROOM) * budget or not plan.regions or plan.choice.seconds == 0):
-            break
-        # The compiler's figure corrects the prediction; a little more, because what is off grows with what is kept.
-        off = compiled - plan.predicted.peak
-        allowed = budget - round(off * (1.15 if compiled > budget else 1.05))
-    if fitting is None:
-        raise BudgetError(_too_little(planner, budget, min(said), "compiled", meaning))
-    plan, compiled = fitting
-    count = f"{len(said)} compile{'s' if len(said) > 1 else ''}"
-    return plan, (f"{_told(planner, plan)}; {bytes_text(compiled)} compiled ({count}) of {bytes_text(budget)}",)
-
-
-def _told(planner: Planner, plan: Plan) -> str:
-    share = plan.choice.seconds / planner.nothing.seconds if planner.nothing.seconds else 0.0
-    return (
-        f"peak {bytes_text(planner.without.peak)} -> {bytes_text(plan.predicted.peak)} predicted, "
-        f"{share_text(min(share, 1.0)) if plan.regions else 'nothing'} of the layers computed again"
-    )
-
-
-def _too_little(planner: Planner, budget: int, least: int, basis: str, meaning: Meaning) -> str:
-    found = planner.least
-    owners = meaning.owners()
-    parts = [f"{kind} {bytes_text(n)}" for kind, n in found.arguments.items() if n]
-    largest = []
-    for alive in found.alive[:_LISTED]:
-        owner = owners.get(alive.place.path) if alive.place is not None and alive.place.path is not None else None
-        where = f" of {owner.name}" if owner is not None else ""
-        largest.append(f"{alive.operation}{where} {bytes_text(alive.nbytes)}")
-    return (
-        f"remat: a budget of {bytes_text(budget)} cannot be met: with nothing kept the train step needs "
-        f"{bytes_text(least)} ({basis}): {', '.join(parts)}; largest temporaries: {', '.join(largest)}. Take a smaller "
-        "batch, more chips, fewer bytes a parameter, or a loss in tiles"
-    )
+    return context.compiled_peak or compiled

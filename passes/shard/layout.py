@@ -188,4 +188,13 @@ def split_attention(layout: Layout, attention: Attention, mesh_axes: Sequence[st
     if (count * each) % parts == 0 and parts % count == 0:
         layout.split((*groups, *repeats), mesh_axes)
         return f"{count} key-value head(s) for {parts} devices, so keys and values are on each of them"
-    raise ShardingError(indivisible(layout, f"{attention.name}.heads", count * each, params, mesh_axes))
+    fits = [n for n in range(2, count * each + 1) if count % n == 0 or (n % count == 0 and count * each % n == 0)]
+    raise ShardingError(
+        f"the {count * each} heads of {attention.name} ({count} of keys and values) cannot be split over "
+        f"{'+'.join(mesh_axes)} ({parts}); they are in {', '.join(list(params)[:3])}. {_any(fits)} would do, or leave "
+        "them whole with rules=[heads->-]"
+    )
+
+
+def _any(sizes: Sequence[int]) -> str:
+    return " or ".join(map(str, sizes)) or "No size"

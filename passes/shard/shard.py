@@ -187,7 +187,7 @@ class Shard(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         if program.placement.mesh is not None:
-            raise ShardingError(f"shard: '{program.name}' is laid over a mesh already: shard a program once")
+            raise ShardingError(f"'{program.name}' is laid over a mesh already: shard a program once")
         sizes = self.mesh_axes(context.target)
         for captured in program.graphs.values():
             _refuse_explicit(captured)
@@ -260,7 +260,7 @@ class Shard(Pass):
             layout.split(batch, self._batch_axes(sizes))
         if self._batch and not batches and strict:
             raise ShardingError(
-                "shard: no axis of the program is known to be the batch: say which one it is, "
+                "no axis of the program is known to be the batch: say which one it is, "
                 "program.declare(axis=..., kind='batch'); program.axes() lists them"
             )
         rules = [AxisRule.parse(rule, sizes) for rule in self.rules if ARROW in rule]
@@ -276,7 +276,7 @@ class Shard(Pass):
             if any(atom in layout.taken for atom in atoms) or not asked(name):
                 return
             if size % layout.parts(self._tensor):
-                raise ShardingError(f"shard: {indivisible(layout, name, size, parameters, self._tensor)}")
+                raise ShardingError(indivisible(layout, name, size, parameters, self._tensor))
             layout.split(atoms, self._tensor)
 
         for composite in meaning.composites:
@@ -284,7 +284,7 @@ class Shard(Pass):
                 count = math.prod(atom.size for atom in layout.expand(composite.experts))
                 if count % sizes["expert"]:
                     name = f"{composite.name}.experts"
-                    raise ShardingError(f"shard: {indivisible(layout, name, count, composite.parameters, ('expert',))}")
+                    raise ShardingError(indivisible(layout, name, count, composite.parameters, ("expert",)))
                 layout.split(composite.experts, ("expert",))
             if not self._tensor:
                 continue
@@ -326,7 +326,7 @@ class Shard(Pass):
         ):
             if axis in self._given and axis not in used and not any(axis in rule for rule in self.rules):
                 raise ShardingError(
-                    f"shard: no parameter of '{program.name}' has {what} that {axis}={self._given[axis]} could split: "
+                    f"no parameter of '{program.name}' has {what} that {axis}={self._given[axis]} could split: "
                     "leave that axis out, or say by rules what it splits; program.axes() lists the axes"
                 )
 
@@ -414,6 +414,6 @@ def _encodable(value: Any, spec: PartitionSpec) -> tuple[PartitionSpec, str]:
 def _refuse_explicit(captured: Captured) -> None:
     if any(_jax.is_explicit_type(value.aval) for value in captured.graph.inputs):
         raise ShardingError(
-            f"shard: '{captured.entry.name}' was captured with shardings in its types (a mesh with Explicit axes); "
+            f"'{captured.entry.name}' was captured with shardings in its types (a mesh with Explicit axes); "
             "capture it under a mesh whose axes are Auto, or under none"
         )

@@ -152,6 +152,17 @@ def test_parameters_are_gathered_layer_by_layer_inside_the_loop(base: Program) -
     assert not stacked
 
 
+def test_no_whole_stack_is_kept_for_the_backward_pass() -> None:
+    program = Pipeline.parse("shard(fsdp=8)")(capture(num_layers=6)).place()
+
+    def loss(params: Any) -> jax.Array:
+        return program.apply(params, program.state, batch())[0][0]
+
+    text = jax.jit(jax.grad(loss)).lower(dict(program.params)).compile().as_text()
+    assert "f32[32,80]" in text
+    assert "f32[6,32,80]" not in text
+
+
 def test_encoded_parameters_are_split_leaf_by_leaf(base: Program) -> None:
     quantized = Pipeline.parse("quantize(weights=int8)")(base)
     program = Pipeline.parse("shard(data=2, tensor=4)")(quantized).place()
@@ -235,7 +246,8 @@ def test_impossible_options(text: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("shard(data=1, tensor=3)", "does not divide over tensor (3)"),
+        ("shard(data=1, tensor=3)", "cannot be split over tensor (3)"),
+        ("shard(data=1, tensor=5, rules=[heads->-])", "does not divide over tensor (5)"),
         ("shard(data=4, expert=2)", "has experts that expert=2 could split"),
         ("shard(data=2, tensor=4, rules=[hiden->tensor])", "names no axis"),
         ("shard(data=2, tensor=4, rules=[hidden->tensr])", "did you mean tensor?"),

@@ -1,0 +1,64 @@
+"""What a function needs of a device's memory, by the compiler: the machine's own, or one that needs no device."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from compax.errors import CompileError, NoCompilerError
+from compax.target import Target
+
+_DEVICELESS: Mapping[str, str] = {"tpu": "compax.tpu.functions"}
+"""What compiles for a platform that is not here, by its platform.
+
+Named as text, because what knows slices of TPUs stands above core, and is asked only for where such a slice is meant.
+"""
+
+
+def peak_bytes(function: Callable[..., Any], shapes: tuple[Any, ...], donated: tuple[int, ...], target: Target) -> int:
+    """Compiles a function for one device of a target. Compiled, not predicted.
+
+    Args:
+        function: of arrays, in trees.
+        shapes: of its arguments.
+        donated: positions of arguments whose memory the results may take.
+        target: the chip.
+
+    Returns:
+        Bytes that the device needs at the peak, arguments included; also where it has less.
+
+    Raises:
+        NoCompilerError: nothing here compiles for the target; says what to install.
+        CompileError: the compiler fails.
+    """
+    platform = target.chip.platform
+    if platform == jax.default_backend():
+        memory = jax.jit(function, donate_argnums=donated).lower(*shapes).compile().memory_analysis()
+        if memory is None:
+            raise CompileError(f"the compiler of this {platform} says nothing of memory")
+        returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return needed_bytes(
+            platform,
+            memory.argument_size_in_bytes + returned,
+            memory.temp_size_in_bytes,
+            memory.peak_memory_in_bytes,
+        )
+    if platform not in _DEVICELESS:
+        raise NoCompilerError(f"there is no {platform} here, and only programs for TPUs can be compiled without one")
+    return importlib.import_module(_DEVICELESS[platform]).peak_bytes(function, shapes, donated, target)
+
+
+def needed_bytes(platform: str, held: int, temporaries: int, peak: int) -> int:
+    """What a program needs of a device's memory, from what its compiler says.
+
+    Temporaries of a TPU are added up over all of its memories and without what shares a place, its peak is the
+    compiler's count of what is there at one time. Other compilers may say of the peak what is held alone.
+
+    Args:
+        platform: of the device.
+        held: bytes of arguments, and of results that take no argument's place.
+        temporaries: bytes.
+        peak: bytes, as the compiler says.
+    """
+    return max(held, peak) if platform == "tpu" else max(held + temporaries, peak)

@@ -1,0 +1,114 @@
+"""Remat under a budget: the prediction, held to what the compiler says, in at most three compiles."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from compax.errors import BudgetError, NoCompilerError
+from compax.meaning import Meaning
+from compax.passes.remat.planning import Plan, Planner
+from compax.printing import bytes_text, share_text
+
+_COMPILES = 3
+_ROOM = 0.05
+"""The share of a budget that may stay unused."""
+_LISTED = 4
+
+Meter = Callable[[Callable[..., Any], tuple[Any, ...], tuple[int, ...]], int]
+"""Compiles a function, from its arguments as shapes and which of them are donated, and returns the bytes it needs."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """What a search ended with.
+
+    Attributes:
+        plan: what to keep.
+        compiled: for each compile, what was compiled and the bytes that it needs.
+        missing: why nothing was compiled; none if something was.
+    """
+
+    plan: Plan
+    compiled: tuple[tuple[Plan, int], ...]
+    missing: str | None = None
+
+    @property
+    def peak(self) -> int | None:
+        """What the compiler says that the plan needs."""
+        return next((peak for plan, peak in self.compiled if plan is self.plan), None)
+
+
+def search(planner: Planner, budget: int, meter: Meter, meaning: Meaning) -> Found:
+    """A plan that the compiler finds within the budget.
+
+    Args:
+        planner: of the graph.
+        budget: bytes.
+        meter: what compiles. Where it has no compiler for the target, the prediction has to do.
+        meaning: of the graph, for the message.
+
+    Raises:
+        BudgetError: even keeping nothing needs more.
+    """
+    compiled: list[tuple[Plan, int]] = []
+    allowed, fitting = budget, None
+    while len(compiled) < _COMPILES:
+        plan = planner.plan(allowed) or planner.keeping_nothing()
+        if len(compiled) == _COMPILES - 1 and fitting is None:
+            plan = planner.keeping_nothing()
+        if any(plan.same(other) for other, _ in compiled):
+            break
+        try:
+            peak = meter(*planner.step.plain(planner.rewritten(plan)))
+        except NoCompilerError as error:
+            return _predicted(planner, budget, meaning, str(error))
+        compiled.append((plan, peak))
+        if peak <= budget and (fitting is None or plan.choice.seconds <= fitting.choice.seconds):
+            fitting = plan
+        if peak > budget and plan.choice.seconds >= planner.nothing.seconds:
+            break
+        if peak <= budget and (peak > (1 - _ROOM) * budget or not plan.regions or plan.choice.seconds == 0):
+            break
+        # The compiler's figure corrects the prediction; a little more, because what is off grows with what is kept.
+        off = peak - plan.predicted.peak
+        allowed = budget - round(off * (1.15 if peak > budget else 1.05))
+    if fitting is None:
+        raise BudgetError(_too_little(planner, budget, min(peak for _, peak in compiled), "compiled", meaning))
+    return Found(fitting, tuple(compiled))
+
+
+def _predicted(planner: Planner, budget: int, meaning: Meaning, missing: str) -> Found:
+    plan = planner.plan(budget)
+    if plan is None:
+        raise BudgetError(_too_little(planner, budget, planner.least.peak, "predicted", meaning))
+    return Found(plan, (), missing)
+
+
+def told(found: Found, planner: Planner, budget: int) -> str:
+    """What was found, in a line."""
+    plan = found.plan
+    share = plan.choice.seconds / planner.nothing.seconds if planner.nothing.seconds else 0.0
+    text = (
+        f"peak {bytes_text(planner.without.peak)} -> {bytes_text(plan.predicted.peak)} predicted, "
+        f"{share_text(min(share, 1.0)) if plan.regions else 'nothing'} of the layers computed again"
+    )
+    if found.peak is None:
+        return f"{text}; not compiled: {found.missing}"
+    count = len(found.compiled)
+    return f"{text}; {bytes_text(found.peak)} compiled ({count} compile{'s' * (count > 1)}) of {bytes_text(budget)}"
+
+
+def _too_little(planner: Planner, budget: int, least: int, basis: str, meaning: Meaning) -> str:
+    found = planner.least
+    owners = meaning.owners()
+    parts = [f"{kind} {bytes_text(n)}" for kind, n in found.arguments.items() if n]
+    largest = []
+    for alive in found.alive[:_LISTED]:
+        owner = owners.get(alive.place.path) if alive.place is not None and alive.place.path is not None else None
+        where = f" of {owner.name}" if owner is not None else ""
+        largest.append(f"{alive.operation}{where} {bytes_text(alive.nbytes)}")
+    return (
+        f"remat: a budget of {bytes_text(budget)} cannot be met: with nothing kept the train step needs "
+        f"{bytes_text(least)} ({basis}): {', '.join(parts)}; largest temporaries: {', '.join(largest)}. Take a smaller "
+        "batch, more chips, fewer bytes a parameter, or a loss in tiles"
+    )
