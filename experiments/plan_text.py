@@ -115,7 +115,7 @@ def memory_rows(report: Report) -> list[tuple[str, str, str]]:
     if prediction is not None and prediction.temporaries is not None and prediction.peak is not None:
         temporaries, peak = bytes_text(prediction.temporaries), bytes_text(prediction.peak)
         rows += [
-            ("kept for the backward pass", bytes_text(prediction.activations or 0), ""),
+            ("activations, most of the forward pass", bytes_text(prediction.activations or 0), ""),
             ("at the peak, of the forward pass", bytes_text(prediction.kept("forward")), ""),
             ("  of the backward pass, gradients too", bytes_text(prediction.kept("recompute", "backward")), ""),
             ("  of the optimizer's update", bytes_text(prediction.kept("update")), ""),
