@@ -34,6 +34,8 @@ def show(report: Report, console: Console) -> None:
         console.table(f"price of {each['pass']} (all devices)", COLUMNS, price_rows(each["figures"]))
         for note in each["notes"]:
             console.say(f"  note: {note}")
+    if (words := exchange_note(report)) is not None:
+        console.say(f"  note: {words}")
     for note in notes(report):
         console.say(f"note: {note}")
     seconds = report.compiled.seconds
@@ -87,6 +89,17 @@ def notes(report: Report) -> list[str]:
     if report.compiled.unknown_loops:
         found.append(f"{len(report.compiled.unknown_loops)} loop(s) of unknown length are counted once")
     return found
+
+
+def exchange_note(report: Report) -> str | None:
+    """What collectives the prices of passes leave out, if they do."""
+    if report.devices == 1 or not report.facts.passes:
+        return None
+    if any(
+        pair for each in report.facts.passes for pair in [each["figures"].get("collective_bytes")] if any(pair or ())
+    ):
+        return None
+    return "no pass lays the program over the mesh, so what it exchanges is with the collectives of the step alone"
 
 
 def fits_text(report: Report) -> str:

@@ -9,7 +9,7 @@ from compax.experiments import plan_predict, programs, shardings
 from compax.experiments.plan_build import Facts
 from compax.experiments.plan_page import page
 from compax.experiments.plan_predict import Held, Prediction, predict
-from compax.experiments.plan_text import held_rows, memory_rows, notes
+from compax.experiments.plan_text import exchange_note, held_rows, memory_rows, notes
 from compax.target import Target
 from plans import FACTS, GB, report, short
 
@@ -179,3 +179,15 @@ def test_products_of_the_optimizer_are_noted_and_are_no_failure_of_sharding():
     (note,) = notes(shown(report(flops={"float32": 53 * 10**12}), heavy))
     assert "the optimizer's update has 40.0 TFLOPs of products, 3.3 times" in note
     assert any("times its share" in note for note in notes(shown(report(flops={"float32": 153 * 10**12}), heavy)))
+
+
+def test_prices_of_passes_say_which_collectives_they_leave_out():
+    def priced(*pair):
+        passes = ({"pass": "freeze()", "figures": {"collective_bytes": pair}, "notes": []},)
+        return dataclasses.replace(report(), facts=dataclasses.replace(FACTS, passes=passes))
+
+    assert "no pass lays the program over the mesh" in (exchange_note(priced(0, 0)) or "")
+    assert "no pass lays the program over the mesh" in page([priced(0, 0)])
+    assert exchange_note(priced(0, GB)) is None
+    assert exchange_note(priced(None, GB)) is None
+    assert exchange_note(report()) is None
