@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from jax._src import core as _core
+from jax._src import distributed as _distributed
 from jax._src import source_info_util as _source_info
 from jax.extend import core as _extend
 
@@ -222,3 +223,9 @@ def has_effects(equation: Equation | None) -> bool:
 def function_name(jaxpr: Any) -> str:
     """What the function that a nested jaxpr was traced from is called."""
     return open_jaxpr(close(jaxpr))[0].debug_info.func_name
+
+
+def coordination_client() -> Any:
+    """The client of the coordination service of `jax.distributed`, once that is initialized."""
+    assert _distributed.global_state.client is not None
+    return _distributed.global_state.client
