@@ -157,9 +157,7 @@ class _Watch(threading.Thread):
         self._over = threading.Event()
         self._witness = _witness(processes)
         self._period = max(0.5, processes.count / _BEATS_PER_SECOND)
-        self._heard: dict[int, tuple[str, float]] = {
-            index: ("", time.monotonic()) for index in range(processes.count)
-        }
+        self._heard: dict[int, tuple[str, float]] = {index: ("", time.monotonic()) for index in range(processes.count)}
 
     def run(self) -> None:
         beat = 0
@@ -183,11 +181,9 @@ class _Watch(threading.Thread):
 
     def suspect(self, reason: str) -> None:
         """Waits for a word about who is gone. If there is none, it is this process that failed."""
-        print(
+        _tell(
             f"compax: {self._processes.name(self._processes.index)}: {reason[:300]}; is another process gone? Waiting "
-            f"up to {self._processes.silence_seconds:g} s for a word",
-            file=sys.stderr,
-            flush=True,
+            f"up to {self._processes.silence_seconds:g} s for a word"
         )
         time.sleep(self._processes.silence_seconds + 4 * self._period)
 
@@ -284,13 +280,17 @@ def _leave() -> None:
     os._exit(FAILED)
 
 
+def _tell(message: str) -> None:
+    """Writes a line at once: the process may end with it, from a thread that is not the main one."""
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
+
+
 def _end(processes: Processes, message: str) -> NoReturn:
     """Ends this process at once: its main thread may wait in a collective that will never be complete."""
-    print(
+    _tell(
         f"compax: error: {message}; {processes.name(processes.index)} ends with it. The same command goes on from the "
-        "last checkpoint",
-        file=sys.stderr,
-        flush=True,
+        "last checkpoint"
     )
     os._exit(LOST)
 
@@ -334,12 +334,10 @@ def _connect(
     """Joins the others, or ends this process with a line that says that some did not come."""
 
     def late() -> None:
-        print(
+        _tell(
             f"compax: error: not all of the processes came to {coordinator or 'the coordinator'} within "
             f"{start_seconds:g} s; process {'?' if process is None else process} on {socket.gethostname()} ends. Look "
-            "at the logs of those that did not",
-            file=sys.stderr,
-            flush=True,
+            "at the logs of those that did not"
         )
         os._exit(LOST)
 
