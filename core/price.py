@@ -326,12 +326,17 @@ def price_rows(pairs: Pairs) -> list[tuple[str, str, str, str, str]]:
     return [
         (
             LABELS[name],
-            *(f"{each:,}" if name == "parameters" else figure_text(name, each) for each in (before, after)),
+            _figure(name, before),
+            _figure(name, after),
             _change(before, after),
             "measured" if name in MEASURED else "predicted",
         )
         for name, (before, after) in pairs.items()
     ]
+
+
+def _figure(name: str, value: float | None) -> str:
+    return f"{value:,}" if name == "parameters" else figure_text(name, value)
 
 
 def _change(before: float | None, after: float | None) -> str:

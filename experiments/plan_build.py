@@ -78,8 +78,9 @@ class Facts:
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Facts:
         """Facts that went through JSON."""
-        given = found["prediction"]
-        return cls(**{**found, "prediction": None if given is None else Prediction.from_json(given)})
+        graph = found["prediction"]
+        given: dict[str, Any] = {**found, "prediction": None if graph is None else Prediction.from_json(graph)}
+        return cls(**given)
 
     @property
     def argument_bytes(self) -> int:
@@ -216,15 +217,18 @@ def _facts(
             (path, format_of(whole[path]), tuple(whole[path].shape), spec_text(specs.params[path]), sizes[path])
             for path in sorted(sizes, key=lambda path: -sizes[path])[:_LARGEST]
         ),
-        exchanged=exchanged(
-            trained_sizes,
-            specs.params,
-            specs.batch,
-            mesh.shape,
-            gradients=specs.gradients,
-            optimizer=specs.optimizer,
-            parts=parts,
-        ),
+        exchanged={
+            str(kind): size
+            for kind, size in exchanged(
+                trained_sizes,
+                specs.params,
+                specs.batch,
+                mesh.shape,
+                gradients=specs.gradients,
+                optimizer=specs.optimizer,
+                parts=parts,
+            ).items()
+        },
     )
 
 

@@ -49,8 +49,11 @@ def page(reports: Sequence[Report], points: Sequence[Point] = ()) -> str:
     parts: list[str] = []
     if points:
         parts += [f"<h1>{len(points)} plans</h1>", plan_pictures.pareto(points), _sweep_table(points)]
-    for report in reports:
-        parts += _report(report, heading="h1" if not points else "h2", brief=bool(points))
+    named = [(report, "") for report in reports]
+    if points:
+        named = [(point.report, f"{index + 1}. {point.label}") for index, point in enumerate(points) if point.report]
+    for report, name in named:
+        parts += _report(report, name)
     title = html.escape(reports[0].name if reports else "plans")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: plan</title>'
@@ -58,14 +61,17 @@ def page(reports: Sequence[Report], points: Sequence[Point] = ()) -> str:
     )
 
 
-def _report(report: Report, *, heading: str, brief: bool) -> list[str]:
+def _report(report: Report, name: str) -> list[str]:
+    """One plan; in brief if it has a name within a sweep."""
+    brief, heading = bool(name), "h2" if name else "h1"
+    lower = "h3" if brief else "h2"
     lines = plan_text.head(report)
     fits = "yes" if report.fits else "no"
-    parts = [f"<{heading}>{html.escape(lines[0])}</{heading}>"]
+    parts = [f"<{heading}>{html.escape(f'{name}: {lines[0]}' if name else lines[0])}</{heading}>"]
     parts += [f"<p>{html.escape(line)}</p>" for line in lines[1:-1]]
     parts.append(f'<p class="{fits}"><b>{html.escape(lines[-1])}</b></p>')
     parts += [f'<p class="note">Note: {html.escape(note)}.</p>' for note in plan_text.notes(report)]
-    parts += ["<h2>Memory of a device</h2>", plan_pictures.memory(report)]
+    parts += [f"<{lower}>Memory of a device</{lower}>", plan_pictures.memory(report)]
     if brief:
         return parts
     parts.append(_table(("", "predicted", "compiled"), plan_text.memory_rows(report)))
@@ -158,7 +164,7 @@ def _sweep_table(points: Sequence[Point]) -> str:
     rows: list[tuple[str, ...]] = []
     for index, point in enumerate(points):
         report = point.report
-        name = f"{'★ ' if index in front else ''}{point.label}"
+        name = f"{'★ ' if index in front else ''}{index + 1}. {point.label}"
         if report is None:
             rows.append((name, f"not valid: {point.error}", "", ""))
         elif (times := report.times) is None or (peak := report.peak_bytes) is None:

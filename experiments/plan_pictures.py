@@ -187,19 +187,19 @@ def times(report: Report) -> str:
     rows = [
         ("compute", times.compute, 0.0),
         ("memory", times.memory, 0.0),
-        ("links that hide", times.hidden or 0.0, 0.0),
-        ("links that wait", times.waits or 0.0, times.step - (times.waits or 0.0)),
+        ("links that hide", times.hidden, 0.0),
+        ("links that wait", times.waits, times.step - (times.waits or 0.0)),
     ]
     scale = (_WIDTH - 260) / times.step if times.step else 0.0
     drawn: list[str] = []
-    for place, (kind, seconds, start) in enumerate(rows):
-        y = 12 + place * 30
+    for place, (kind, known, start) in enumerate(rows):
+        y, seconds = 12 + place * 30, known or 0.0
         x = 130 + start * scale
         drawn.append(_text(122, y + 14, kind, anchor="end"))
         drawn.append(
             f'<rect x="{x:.2f}" y="{y}" width="{max(seconds * scale, 0.5):.2f}" height="20" fill="{COLOURS[kind]}"/>'
         )
-        drawn.append(_text(x + seconds * scale + 6, y + 14, plan_text.seconds_text(seconds), quiet=True))
+        drawn.append(_text(x + seconds * scale + 6, y + 14, plan_text.seconds_text(known), quiet=True))
     x = 130 + times.step * scale
     drawn.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="134" class="stroke" stroke-dasharray="4 3"/>')
     drawn.append(_text(x, 150, f"step: {plan_text.seconds_text(times.step)}", anchor="end"))
@@ -288,8 +288,19 @@ def pareto(points: Sequence[Point]) -> str:
             f'<circle cx="{x(size):.1f}" cy="{y(seconds):.1f}" r="6" fill="{colour}">'
             f"<title>{html.escape(point.label)}</title></circle>"
         )
-        anchor, shift = ("end", -10) if x(size) > (left + right) / 2 else ("start", 10)
-        drawn.append(_text(x(size) + shift, y(seconds) - 6, point.label, anchor=anchor))
-    words = "peak memory of a device (compiled), against device-seconds for a token (predicted): less is better"
+    taken: list[tuple[float, float]] = []
+    for index, _, (size, seconds) in found:
+        words = str(index + 1)
+        places = [(x(size) + 9 + 20 * out, y(seconds) + 4 + up) for out in range(len(found)) for up in (-14, 14, 0)]
+        # A number stands beside its point where no other number and no other point is.
+        others = [(x(a) - 6, y(b) + 4) for other, _, (a, b) in found if other != index]
+        free = (
+            place
+            for place in places
+            if all(abs(place[0] - a) > 9 * len(words) + 8 or abs(place[1] - b) > 12 for a, b in [*taken, *others])
+        )
+        taken.append(next(free, places[0]))
+        drawn.append(_text(*taken[-1], words))
+    words = "peak memory (compiled) against device-seconds for a token (predicted), numbered as in the table"
     drawn.append(_text(left, bottom + 40, words))
     return _svg(bottom + 50, drawn, "plans by memory and time")

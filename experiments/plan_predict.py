@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
 import compax
 from compax.analysis.cost import Cost, function_cost
@@ -20,11 +21,13 @@ from compax.analysis.liveness import Alive, liveness
 from compax.analysis.program_cost import owner_names, owner_of, traced_cost
 from compax.analysis.tracing import Place
 from compax.analysis.training import Optimizer, train_step
+from compax.encoding import leaf_nbytes
 from compax.errors import CompaxError
 from compax.experiments import programs
 from compax.experiments.config import Config
 from compax.experiments.optimizer import optimizer
-from compax.experiments.shardings import StepSpecs
+from compax.experiments.shardings import StepSpecs, follow
+from compax.placement import axes_of
 from compax.target import Target
 
 _POINTS = 240
@@ -60,12 +63,13 @@ class Prediction:
     Attributes:
         share: what the device computes, in words.
         product_flops: floating-point operations of matrix products by phase, recomputation included.
-        update_flops: those of the optimizer's update if one device computes all of it, as it does where the
-            optimizer's state is not split.
+        update_flops: those of the optimizer's update: all of them where the optimizer's state is not split over the
+            mesh, else the share of the device.
         traffic: bytes between the device and its memory, after fusion.
         seconds: the roofline, kernel by kernel, collectives left out.
         peak: bytes at the peak; none if it is not predicted.
         temporaries: bytes at the peak besides arguments; likewise.
+        activations: bytes besides arguments where the forward pass ends: what is kept for the backward pass.
         timeline: bytes in memory along the step, at most 240 points that keep its peaks.
         phases: for each point of the timeline the phase of the step.
         held: what is in memory at the peak besides arguments, largest first.
@@ -79,6 +83,7 @@ class Prediction:
     seconds: float
     peak: int | None = None
     temporaries: int | None = None
+    activations: int | None = None
     timeline: tuple[int, ...] = ()
     phases: tuple[str, ...] = ()
     held: tuple[Held, ...] = ()
@@ -87,7 +92,8 @@ class Prediction:
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Prediction:
         """A prediction that went through JSON."""
-        return cls(**{**found, "held": tuple(Held(**each) for each in found["held"])})
+        given: dict[str, Any] = {**found, "held": tuple(Held(**each) for each in found["held"])}
+        return cls(**given)
 
     @property
     def flops(self) -> int:
@@ -131,14 +137,15 @@ def predict(
     traced = step.traced(captured, platform)
     cost = traced_cost(traced, alone, target=target)
     scale = devices if reason else 1
+    updating = 1 / _ways(trainable, state, specs, axes)
     found = Prediction(
         share=f"an even share of {devices} devices" if reason else "its part of the batch, and all of the update",
         product_flops={
-            phase: round(part.product_flops * (1 if phase == "update" else parts) / scale)
+            phase: round(part.product_flops * (updating if phase == "update" else parts / scale))
             for phase in PHASES
             if (part := cost.by_phase.get(phase)) is not None and part.product_flops
         },
-        update_flops=update.product_flops,
+        update_flops=round(update.product_flops * updating),
         traffic=round((parts * cost.bytes_fused - (parts - 1) * update.bytes_fused) / scale),
         seconds=(parts * _seconds(cost, target) - (parts - 1) * _seconds(update, target)) / scale,
         missing=reason,
@@ -149,12 +156,16 @@ def predict(
     # Sums of gradients, while several micro-batches are added up.
     sums = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trainable)) if parts > 1 else 0
     chosen = _chosen(needed.timeline)
+    phases = [_phase(place) for place in needed.places]
+    turning = phases.index("backward") if "backward" in phases else len(phases)
+    last = max((index for index in range(turning) if phases[index] == "forward"), default=None)
     return dataclasses.replace(
         found,
         peak=needed.peak + sums,
         temporaries=needed.temporaries + sums,
+        activations=0 if last is None else needed.timeline[last] - (needed.peak - needed.temporaries),
         timeline=tuple(needed.timeline[index] + sums for index in chosen),
-        phases=tuple(_phase(needed.places[index]) for index in chosen),
+        phases=tuple(phases[index] for index in chosen),
         held=_held(needed.alive, owner_names(alone, programs.TRAIN)),
     )
 
@@ -175,10 +186,24 @@ def _seconds(cost: Cost, target: Target) -> float:
     return cost.on(target).seconds
 
 
+def _ways(trainable: Mapping[str, Any], state: Any, specs: StepSpecs, axes: Mapping[str, int]) -> float:
+    """Bytes of the optimizer's state by those that a device keeps of it."""
+    spread = follow(state, trainable, specs.optimizer)
+    whole = device = 0.0
+    for leaf, spec in zip(jax.tree.leaves(state), jax.tree.leaves(spread, is_leaf=_is_spec), strict=True):
+        whole += leaf_nbytes(leaf)
+        device += leaf_nbytes(leaf) / math.prod(axes[name] for name in axes_of(spec))
+    return whole / device if device else 1.0
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
 def _undecided(specs: StepSpecs, axes: Mapping[str, int]) -> str:
     """Whether the compiler decides how values in between are split."""
     for path, spec in specs.params.items():
-        if any(axes[name] > 1 for names in spec if names for name in ((names,) if isinstance(names, str) else names)):
+        if any(axes[name] > 1 for name in axes_of(spec)):
             return f"parameters are split over the mesh, such as {path}: the compiler decides how activations are"
     return ""
 

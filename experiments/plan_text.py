@@ -115,9 +115,10 @@ def memory_rows(report: Report) -> list[tuple[str, str, str]]:
     if prediction is not None and prediction.temporaries is not None and prediction.peak is not None:
         temporaries, peak = bytes_text(prediction.temporaries), bytes_text(prediction.peak)
         rows += [
-            ("activations at the peak", bytes_text(prediction.kept("forward")), ""),
-            ("gradients, recomputed and working", bytes_text(prediction.kept("recompute", "backward")), ""),
-            ("the optimizer's update", bytes_text(prediction.kept("update")), ""),
+            ("kept for the backward pass", bytes_text(prediction.activations or 0), ""),
+            ("at the peak, of the forward pass", bytes_text(prediction.kept("forward")), ""),
+            ("  of the backward pass, gradients too", bytes_text(prediction.kept("recompute", "backward")), ""),
+            ("  of the optimizer's update", bytes_text(prediction.kept("update")), ""),
         ]
     if memory is None:
         rows += [("temporaries together", temporaries, ""), ("peak", peak, "")] if peak else []
@@ -126,7 +127,7 @@ def memory_rows(report: Report) -> list[tuple[str, str, str]]:
             ("temporaries together", temporaries, bytes_text(memory.temporaries)),
             ("outputs that reuse no argument", "", bytes_text(memory.outputs)),
             ("program code", "", bytes_text(memory.code)),
-            ("peak, as the compiler counts it", peak, bytes_text(memory.peak)),
+            ("peak", peak, bytes_text(report.peak_bytes or memory.peak)),
         ]
         if memory.host:
             rows.append(("in the host's memory", "", bytes_text(memory.host)))
@@ -203,10 +204,10 @@ def training_rows(report: Report) -> list[tuple[str, str]]:
     if economy is None:
         return []
     price = f"{chip.price_per_hour} a chip and hour"
-    power = f"chips at {chip.power_watts} W, building {PUE}"
+    power = f"{chip.power_watts} W a chip, PUE {PUE}"
     return [
         ("tokens a second", amount(economy.tokens_per_second)),
-        ("model FLOPs utilization (MFU), at most", f"{economy.mfu:.1%}"),
+        ("MFU (model FLOPs), at most", f"{economy.mfu:.1%}"),
         ("days", f"{economy.days:,.2f}"),
         ("US dollars", "no public price" if economy.money is None else f"{economy.money:,.0f} ({price})"),
         ("energy", "unknown" if economy.kwh is None else f"{economy.kwh:,.0f} kWh ({power})"),

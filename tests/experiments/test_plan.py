@@ -41,6 +41,10 @@ def test_a_plan_of_a_train_step(planned):
     forward = 2 * tokens * (3 * layer + 16 * 260) + 3 * 2 * 2 * tokens * 16 * heads
     assert figures["flops"]["predicted"]["model"] == 3 * forward
     assert sum(figures["flops"]["compiled"]["device"].values()) * 8 == pytest.approx(3 * forward, rel=0.02)
+    graph = figures["graph"]["predicted"]
+    assert sum(graph["product_flops"].values()) * 8 == 3 * forward
+    assert graph["peak"] == max(graph["timeline"])
+    assert graph["missing"] == ""
     predicted, compiled = figures["memory"]["predicted"], figures["memory"]["compiled"]
     assert predicted["parameters"] == 4 * figures["parameters"]
     assert predicted["optimizer"] == pytest.approx(2 * predicted["parameters"], rel=0.01)
@@ -57,6 +61,19 @@ def test_a_plan_of_a_train_step(planned):
 def test_the_state_comes_back_as_it_went_in(planned):
     # Donated buffers are reused: nothing but the metrics needs memory of its own.
     assert planned[0]["memory"]["compiled"]["outputs"] < 1024
+
+
+def test_an_optimizers_own_products_are_predicted_as_they_are_compiled(experiment, tmp_path, capsys):
+    path, figures = experiment(data__batch_size=8, optimizer__name="muon"), tmp_path / "plan.json"
+    assert main(["plan", f"--config={path}", "--topology=cpu", "--mesh=data=8", f"--json={figures}"]) == 0
+    found = json.loads(figures.read_text())
+    predicted = found["graph"]["predicted"]
+    assert predicted["update_flops"] == predicted["product_flops"]["update"] > 0
+    done = sum(found["flops"]["compiled"]["device"].values())
+    assert done == pytest.approx(sum(predicted["product_flops"].values()), rel=0.02)
+    printed = capsys.readouterr().out
+    assert "the optimizer's update has" in printed
+    assert "times its share" not in printed
 
 
 def test_parameters_that_are_split(experiment, tmp_path):
