@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.export
 from jax._src import core as _core
+from jax._src import distributed as _distributed
 from jax._src import source_info_util as _source_info
 from jax.extend import core as _extend
 
@@ -240,3 +241,9 @@ def imported(content: bytes) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStr
     """The function that `exported` wrote, and the shapes that it takes. Of a file that somebody else wrote: never."""
     found = pickle.loads(content)
     return found.call, list(map(as_struct, found.in_avals))
+
+
+def coordination_client() -> Any:
+    """The client of the coordination service of `jax.distributed`, once that is initialized."""
+    assert _distributed.global_state.client is not None
+    return _distributed.global_state.client

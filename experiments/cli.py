@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from compax.errors import CompaxError, ConfigError
+from compax.errors import CompaxError, ConfigError, DistributedError
 from compax.experiments import config as configs
 from compax.experiments.config import Config
 from compax.experiments.launch_cli import LAUNCH_HELP, add_launch
@@ -132,6 +132,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
     train = command("train", _train, "train from a config, or go on where the run was left", epilog=_fields_help())
     train.add_argument("--config", metavar="FILE", required=True, help=_CONFIG_HELP)
+
+    train.add_argument("--distributed", action="store_true", help="one process a host, found by the cluster's own word")
 
     evaluate = command("eval", _eval, "measure loss and perplexity of a run on its evaluation text")
     _add_run(evaluate)
@@ -255,6 +257,15 @@ def _only_model(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace, console: Console) -> int:
     config = configs.load(args.config, args.overrides)
+    if args.distributed:
+        from compax.tpu.distributed import digest, initialize
+
+        processes = initialize(compare={"config": digest(configs.to_json(config))}, say=console.say)
+        if processes.count > 1:
+            raise DistributedError(
+                f"there are {processes.count} processes, and compax train does not split a run over several yet: each "
+                "would train by itself; launch on a slice of one host"
+            )
     from compax.experiments.experiment import run
 
     return run(config, console)

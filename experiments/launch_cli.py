@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 LAUNCH_HELP = """\
 Runs `compax train --config=FILE` on every host of the slices, or the command after --:
 
-  compax launch --topology=v5e:16x16 --zone=us-west4-a --name=big --config=plan_1b --storage=gs://my-bucket/runs --dry-run
+  compax launch --topology=v5e:16x16 --zone=us-west4-a --name=big --storage=gs://BUCKET/runs --config=plan_1b --dry-run
   compax launch --on=gke --cluster=tpus --image=IMAGE --topology=v6e:16x16 --slices=2 --spot --restarts=9 ...
 
 It needs gcloud (and kubectl for GKE). With --dry-run it needs nothing: all commands and files are printed, as a shell

@@ -248,10 +248,8 @@ def wrapped(command: Sequence[str]) -> str:
 
 def script(launch: Launch, steps: Sequence[Step], notes: Sequence[str]) -> str:
     """The steps as a shell script, with the reason of each."""
-    chips = launch.target.num_chips
     lines = [
-        f"# {launch.name}: {launch.target.slices} slice(s) of {launch.target.chip.name} {launch.topology}, {chips} "
-        f"chips, {launch.num_hosts} hosts of {launch.chips_per_host} chips, one process a host",
+        _title(launch),
         *(f"# {note}" for note in notes),
     ]
     phase = None
@@ -266,6 +264,14 @@ def script(launch: Launch, steps: Sequence[Step], notes: Sequence[str]) -> str:
         else:
             lines += [_command_text(step.command)]
     return "\n".join([*lines, ""])
+
+
+def _title(launch: Launch) -> str:
+    target = launch.target
+    return (
+        f"# {launch.name}: {target.slices} slice(s) of {target.chip.name} {launch.topology}, {target.num_chips} chips, "
+        f"{launch.num_hosts} hosts of {launch.chips_per_host} chips, one process a host"
+    )
 
 
 def _command_text(command: Sequence[str]) -> str:

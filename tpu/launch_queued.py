@@ -28,6 +28,8 @@ _RUNTIMES: Mapping[str, str] = {
 }
 _TPUS = ("gcloud", "compute", "tpus", "queued-resources")
 _ENVIRONMENT = "compax-env"
+_PACKAGES = "https://packages.cloud.google.com/apt"
+_PACKAGES_KEY = "/usr/share/keyrings/cloud.google.asc"
 
 LOST = ("SUSPENDING", "SUSPENDED", "FAILED", "DELETING")
 """States of a queued resource from which it does not come back."""
@@ -177,11 +179,10 @@ def _install(launch: Launch) -> str:
     if launch.storage:
         bucket, _, folder = launch.storage.removeprefix("gs://").partition("/")
         only = f" --only-dir {shlex.quote(folder.rstrip('/'))}" if folder else ""
-        source = "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt"
+        source = f"deb [signed-by={_PACKAGES_KEY}] {_PACKAGES}"
         lines += [
             "if ! command -v gcsfuse; then",
-            "  curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg "
-            "| sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null",
+            f"  curl -fsSL {_PACKAGES}/doc/apt-key.gpg | sudo tee {_PACKAGES_KEY} > /dev/null",
             f'  echo "{source} gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list',
             "  sudo apt-get update -q && sudo apt-get install -qy gcsfuse",
             "fi",

@@ -7,7 +7,7 @@ import pytest
 
 from compax.experiments.cli import main
 
-COMMANDS = ("train", "eval", "generate", "inspect", "plan", "passes")
+COMMANDS = ("train", "eval", "generate", "inspect", "plan", "launch", "passes")
 
 
 @pytest.fixture
