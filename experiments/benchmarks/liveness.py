@@ -14,7 +14,10 @@ allocation is what the compiler says that it would need. On a CPU the allocation
 What still differs:
 
 - A TPU holds up to about 100 MB in vector memory, so that the allocation of a small program is far below its peak; and
-  what it fetches ahead from HBM lies there twice, which makes peaks of small forward passes larger than predicted.
+  what it fetches ahead from HBM lies there twice, which may be why small forward passes have larger peaks.
+- Peaks of train steps on v5e are predicted too large, by 24 and 34 % for the small decoder and by 6 and 23 % (remat)
+  for SmolLM2, whose allocations are 1 and 12 % off; 1B without remat on v5p and v6e is 7 and 2 % too small in
+  allocation. Not explained.
 - Allocations have gaps: 1B with remat on v5p takes 24.2 GB and uses 21.3 at most, its train step on a CPU 65.2 GB of
   temporaries and 44.7; predicted are 20.9 and 42.5.
 - XLA lays temporaries into results that are not written yet, here results are counted from the start: forward passes
