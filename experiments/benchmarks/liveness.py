@@ -23,7 +23,7 @@ What still differs:
 - On a CPU without units for bfloat16, operands of bfloat16 products are float32 in memory, those made from weights
   included; here they are bfloat16.
 - On a CPU a few buffers of small programs: which turns of a loop share memory (the scanned tiny decoder's train step,
-  8 %), copies of weights that XLA ends early (GPT-2's, 7 %), a broadcast mask that it writes (GPT-2 forward, 8 %).
+  8 %, and with remat, 6 %), a broadcast mask that XLA writes (GPT-2 forward, 8 %).
 - `erfc` is several operations on a CPU, and an exponential among them is kept; here it is one (Bert).
 """
 

@@ -38,11 +38,14 @@ def test_a_chain_of_products_has_two_results_at_a_time() -> None:
 
 
 def test_a_value_that_is_read_late_stays() -> None:
+    """Two of the chain beside it at a time, one of which lies in the result's memory."""
+
     def function(x: jax.Array, w: jax.Array) -> jax.Array:
         first = x @ w
         return first @ w @ w @ w + first
 
-    assert predict(function, X, X).temporaries == 3 * SIZE
+    assert predict(function, X, X).temporaries == 2 * SIZE
+    assert predict(function, X, X).peak == of_compiler(function, X, X)
 
 
 def test_results_take_the_place_of_donated_arguments() -> None:
@@ -156,9 +159,11 @@ def test_gradients_of_unrolled_layers_against_the_compiler(num_layers: int) -> N
 
 
 def of_compiler(function: Callable[..., Any], *shapes: Any, donated: tuple[int, ...] = ()) -> int:
+    """Bytes that XLA allocates, less the table of pointers to several results."""
     memory = jax.jit(function, donate_argnums=donated).lower(*shapes).compile().memory_analysis()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return kept + memory.temp_size_in_bytes
+    results = len(jax.tree.leaves(jax.eval_shape(function, *shapes)))
+    return kept + memory.temp_size_in_bytes - (8 * results if results > 1 else 0)
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5])
@@ -223,7 +228,7 @@ def test_a_gradient_of_a_lookup_is_added_in_place() -> None:
     rows = jax.ShapeDtypeStruct((N,), jnp.int32)
     names = [step.op.name for step in Buffers(imported(function, X, X, rows), BACKENDS["cpu"]).steps]
     assert names.count("scatter-add") == 1
-    assert "broadcast_in_dim" not in names and "add" not in names
+    assert not {"broadcast_in_dim", "add"} & set(names)
 
 
 def test_a_tpu_selects_where_a_cross_entropy_scatters() -> None:
