@@ -217,8 +217,11 @@ def _lodged(
     found: dict[_Place | int, int] = {}
     for size, since, until, who in sorted(guests, key=lambda guest: (-guest[0], guest[1])) if rooms else ():
         for room, y, taken in rooms:
-            handed = isinstance(who, _Place) and (size, until) == (room, written[y])
-            replaced = handed and who.held[-1][1] in buffers.steps[until].replaces
+            replaced = (
+                isinstance(who, _Place)
+                and (size, until) == (room, written[y])
+                and who.held[-1][1] in buffers.steps[until].replaces
+            )
             over = until - 1 if replaced else until
             if size <= room and all(over < start or end < since for start, end in taken):
                 taken.append((since, until))
