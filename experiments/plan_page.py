@@ -34,9 +34,8 @@ svg .stroke { stroke: var(--text); fill: none; } svg .limit { stroke: var(--no);
 svg .front { stroke: var(--yes); fill: none; }
 .yes { color: var(--yes); } .no { color: var(--no); } .note { color: var(--quiet); }
 """
-
-
 _SITES = 12
+_LONGEST = 160
 
 
 def page(reports: Sequence[Report], points: Sequence[Point] = ()) -> str:
@@ -129,7 +128,10 @@ def _table(
 
 
 def _buffers(report: Report) -> str:
-    rows = [(bytes_text(each.bytes), each.shape, each.op_name or each.name) for each in report.compiled.buffers]
+    rows = [
+        (bytes_text(each.bytes), each.shape, plan_text.operation_text(each.op_name or each.name, most=_LONGEST))
+        for each in report.compiled.buffers
+    ]
     return _table(("size", "shape", "operation"), rows, mono=(1, 2), wide=(2,))
 
 
@@ -140,6 +142,8 @@ def _passes(report: Report) -> str:
         found += [f'<h3 class="mono">{html.escape(each["pass"])}</h3>', plan_pictures.deltas(each["figures"])]
         found.append(_table(COLUMNS, price_rows(each["figures"])))
         found += [f'<p class="note">Note: {html.escape(note)}.</p>' for note in each["notes"]]
+    if (words := plan_text.exchange_note(report)) is not None:
+        found.append(f'<p class="note">Note: {html.escape(words)}.</p>')
     return "".join(found)
 
 

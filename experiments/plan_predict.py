@@ -69,7 +69,7 @@ class Prediction:
         seconds: the roofline, kernel by kernel, collectives left out.
         peak: bytes at the peak; none if it is not predicted.
         temporaries: bytes at the peak besides arguments; likewise.
-        activations: bytes besides arguments where the forward pass ends: what is kept for the backward pass.
+        activations: bytes besides arguments in the forward pass, at most.
         timeline: bytes in memory along the step, at most 240 points that keep its peaks.
         phases: for each point of the timeline the phase of the step.
         held: what is in memory at the peak besides arguments, largest first.
@@ -157,13 +157,12 @@ def predict(
     sums = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trainable)) if parts > 1 else 0
     chosen = _chosen(needed.timeline)
     phases = [_phase(place) for place in needed.places]
-    turning = phases.index("backward") if "backward" in phases else len(phases)
-    last = max((index for index in range(turning) if phases[index] == "forward"), default=None)
+    forward = [size for size, phase in zip(needed.timeline, phases, strict=True) if phase == "forward"]
     return dataclasses.replace(
         found,
         peak=needed.peak + sums,
         temporaries=needed.temporaries + sums,
-        activations=0 if last is None else needed.timeline[last] - (needed.peak - needed.temporaries),
+        activations=max(forward) - (needed.peak - needed.temporaries) if forward else 0,
         timeline=tuple(needed.timeline[index] + sums for index in chosen),
         phases=tuple(phases[index] for index in chosen),
         held=_held(needed.alive, owner_names(alone, programs.TRAIN)),

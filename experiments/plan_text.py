@@ -34,6 +34,8 @@ def show(report: Report, console: Console) -> None:
         console.table(f"price of {each['pass']} (all devices)", COLUMNS, price_rows(each["figures"]))
         for note in each["notes"]:
             console.say(f"  note: {note}")
+    if (words := exchange_note(report)) is not None:
+        console.say(f"  note: {words}")
     for note in notes(report):
         console.say(f"note: {note}")
     seconds = report.compiled.seconds
@@ -89,6 +91,17 @@ def notes(report: Report) -> list[str]:
     return found
 
 
+def exchange_note(report: Report) -> str | None:
+    """What collectives the prices of passes leave out, if they do."""
+    if report.devices == 1 or not report.facts.passes:
+        return None
+    if any(
+        pair for each in report.facts.passes for pair in [each["figures"].get("collective_bytes")] if any(pair or ())
+    ):
+        return None
+    return "no pass lays the program over the mesh, so what it exchanges is with the collectives of the step alone"
+
+
 def fits_text(report: Report) -> str:
     """Whether it fits, and how closely."""
     limit, peak, shortage = report.limit_bytes, report.peak_bytes, report.compiled.shortage
@@ -115,7 +128,7 @@ def memory_rows(report: Report) -> list[tuple[str, str, str]]:
     if prediction is not None and prediction.temporaries is not None and prediction.peak is not None:
         temporaries, peak = bytes_text(prediction.temporaries), bytes_text(prediction.peak)
         rows += [
-            ("kept for the backward pass", bytes_text(prediction.activations or 0), ""),
+            ("activations, most of the forward pass", bytes_text(prediction.activations or 0), ""),
             ("at the peak, of the forward pass", bytes_text(prediction.kept("forward")), ""),
             ("  of the backward pass, gradients too", bytes_text(prediction.kept("recompute", "backward")), ""),
             ("  of the optimizer's update", bytes_text(prediction.kept("update")), ""),

@@ -9,7 +9,7 @@ from compax.experiments import plan_predict, programs, shardings
 from compax.experiments.plan_build import Facts
 from compax.experiments.plan_page import page
 from compax.experiments.plan_predict import Held, Prediction, predict
-from compax.experiments.plan_text import held_rows, memory_rows, notes
+from compax.experiments.plan_text import exchange_note, held_rows, memory_rows, notes
 from compax.target import Target
 from plans import FACTS, GB, report, short
 
@@ -48,7 +48,7 @@ def test_memory_over_the_step(one):
     assert one.missing == ""
     assert one.peak == max(one.timeline)
     assert len(one.phases) == len(one.timeline) <= 240
-    assert one.phases[0] == "forward"
+    assert one.phases.index("forward") < one.phases.index("backward")
     assert {"forward", "backward", "update"} == set(one.phases)
     assert sum(held.bytes for held in one.held) == one.temporaries
     assert one.kept("forward", "recompute", "backward", "update") == one.temporaries
@@ -155,7 +155,7 @@ def test_predicted_stands_beside_compiled():
     rows = {row[0].strip(): row[1:] for row in memory_rows(shown(report()))}
     assert rows["temporaries together"] == ("3.0 GB", "3.0 GB")
     assert rows["peak"] == ("15.0 GB", "15.0 GB")
-    assert rows["kept for the backward pass"] == ("2.0 GB", "")
+    assert rows["activations, most of the forward pass"] == ("2.0 GB", "")
     assert held_rows(shown(report()))[1] == ("1.0 GB", "1", "of no site", "backward", "a turn")
 
 
@@ -179,3 +179,15 @@ def test_products_of_the_optimizer_are_noted_and_are_no_failure_of_sharding():
     (note,) = notes(shown(report(flops={"float32": 53 * 10**12}), heavy))
     assert "the optimizer's update has 40.0 TFLOPs of products, 3.3 times" in note
     assert any("times its share" in note for note in notes(shown(report(flops={"float32": 153 * 10**12}), heavy)))
+
+
+def test_prices_of_passes_say_which_collectives_they_leave_out():
+    def priced(*pair):
+        passes = ({"pass": "freeze()", "figures": {"collective_bytes": pair}, "notes": []},)
+        return dataclasses.replace(report(), facts=dataclasses.replace(FACTS, passes=passes))
+
+    assert "no pass lays the program over the mesh" in (exchange_note(priced(0, 0)) or "")
+    assert "no pass lays the program over the mesh" in page([priced(0, 0)])
+    assert exchange_note(priced(0, GB)) is None
+    assert exchange_note(priced(None, GB)) is None
+    assert exchange_note(report()) is None
