@@ -94,11 +94,9 @@ class Program:
             PlacementError: the program is laid over no mesh or another one, or there are too few devices.
         """
         placement = self.placement.over(self.placement.mesh_over(devices))
-        return self.replace(
-            params=jax.device_put(dict(self.params), placement.shardings(self.params)),
-            state=jax.device_put(dict(self.state), placement.place(PartitionSpec(), DEVICE)),
-            placement=placement,
-        )
+        wanted = placement.shardings(self.params), placement.place(PartitionSpec(), DEVICE)
+        params, state = jax.device_put((dict(self.params), dict(self.state)), wanted)
+        return self.replace(params=params, state=state, placement=placement)
 
     # -- calling ------------------------------------------------------------------------------------------------
 

@@ -28,8 +28,6 @@ _RUNTIMES: Mapping[str, str] = {
 }
 _TPUS = ("gcloud", "compute", "tpus", "queued-resources")
 _ENVIRONMENT = "compax-env"
-_PACKAGES = "https://packages.cloud.google.com/apt"
-_PACKAGES_KEY = "/usr/share/keyrings/cloud.google.asc"
 
 LOST = ("SUSPENDING", "SUSPENDED", "FAILED", "DELETING")
 """States of a queued resource from which it does not come back."""
@@ -179,12 +177,10 @@ def _install(launch: Launch) -> str:
     if launch.storage:
         bucket, _, folder = launch.storage.removeprefix("gs://").partition("/")
         only = f" --only-dir {shlex.quote(folder.rstrip('/'))}" if folder else ""
-        source = f"deb [signed-by={_PACKAGES_KEY}] {_PACKAGES}"
         lines += [
-            "if ! command -v gcsfuse; then",
-            f"  curl -fsSL {_PACKAGES}/doc/apt-key.gpg | sudo tee {_PACKAGES_KEY} > /dev/null",
-            f'  echo "{source} gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list',
-            "  sudo apt-get update -q && sudo apt-get install -qy gcsfuse",
+            "if ! command -v gcsfuse > /dev/null; then",
+            "  echo 'gcsfuse, which mounts --storage, is not on this image: install it on every host, then --reuse'",
+            "  exit 1",
             "fi",
             f"sudo mkdir -p {MOUNT} && sudo chown $(id -u) {MOUNT}",
             f"mountpoint -q {MOUNT} || gcsfuse --implicit-dirs{only} {bucket} {MOUNT}",

@@ -18,6 +18,9 @@ RENAMING = frozenset(
 )
 """Operations whose result is their operand under another name."""
 
+_NEUTRAL = {"add": 0, "add_any": 0, "sub": 0, "mul": 1, "div": 1}
+_COMMUTATIVE = ("add", "add_any", "mul")
+
 SMALL_ELEMENTS = 1024
 """Constants, and values, of so few elements do not count."""
 
@@ -33,7 +36,7 @@ class Flat:
     def __init__(self, graph: Graph, *, merge: bool = False, prefix: Path = (), narrowed: Collection[Value] = ()):
         self._narrowed = frozenset(narrowed)
         self.nodes: list[Node] = []
-        self._zeros: set[Value] = set()
+        self._filled: dict[Value, Any] = {}
         self._merged: dict[object, list[Value]] | None = {} if merge else None
         env: dict[Value, Value | None] = {value: value for value in graph.inputs}
         self.outputs = self._enter(graph, env, prefix)
@@ -53,27 +56,32 @@ class Flat:
                 env.update(zip(op.outputs, self._enter(body, inside, (*prefix, (position, 0))), strict=True))
             elif op.name in RENAMING and len(op.outputs) == len(op.inputs):
                 env.update(zip(op.outputs, given, strict=True))
-            elif self._changes_nothing(op, given):
-                env[op.outputs[0]] = given[0]
+            elif (unchanged := self._unchanged(op, given)) is not None:
+                env[op.outputs[0]] = given[unchanged]
             elif op.name in RENAMING:
                 env.update(dict.fromkeys(op.outputs, given[0]))
             else:
                 env.update(zip(op.outputs, self._define(op, path, given), strict=True))
         return [read(x) for x in graph.outputs]
 
-    def _changes_nothing(self, op: Op, given: Sequence[Value | None]) -> bool:
-        """Whether a result is the first operand: one with dimensions of one, less zeros, or converted before."""
+    def _unchanged(self, op: Op, given: Sequence[Value | None]) -> int | None:
+        """The operand that a result is: with dimensions of one, sums with zero, products with one, or narrowed."""
         if op.name == "broadcast_in_dim":
-            if isinstance(op.inputs[0], Literal) and not np.any(op.inputs[0].value):
-                self._zeros.add(op.outputs[0])
+            x = op.inputs[0]
+            if isinstance(x, Literal) and np.size(x.value) == 1:
+                self._filled[op.outputs[0]] = np.ravel(x.value)[0]
             kept = list(op.attributes["broadcast_dimensions"])
-            return math.prod(op.inputs[0].shape) == math.prod(op.outputs[0].shape) and kept == sorted(kept)
+            return 0 if math.prod(x.shape) == math.prod(op.outputs[0].shape) and kept == sorted(kept) else None
         if op.name == "convert_element_type":
-            return given[0] in self._narrowed
-        if op.name != "sub" or given[0] is None or op.inputs[0].shape != op.outputs[0].shape:
-            return False
-        by = op.inputs[1]
-        return by in self._zeros if isinstance(by, Value) else not np.any(by.value)
+            return 0 if given[0] in self._narrowed else None
+        if op.name not in _NEUTRAL:
+            return None
+        for i, by in enumerate(reversed(op.inputs[:2] if op.name in _COMMUTATIVE else op.inputs[1:2])):
+            value = self._filled.get(by) if isinstance(by, Value) else by.value
+            neutral = value is not None and np.size(value) == 1 and bool(np.all(np.equal(value, _NEUTRAL[op.name])))
+            if neutral and given[i] is not None and op.inputs[i].shape == op.outputs[0].shape:
+                return i
+        return None
 
     def _define(self, op: Op, path: Path, given: Sequence[Value | None]) -> list[Value]:
         key = None

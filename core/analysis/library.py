@@ -183,7 +183,7 @@ def with_rearranged(nodes: Sequence[Node]) -> list[Node]:
 
 
 def library_nodes(nodes: Sequence[Node], sliced: Collection[Value]) -> list[Node]:
-    """Operations as XLA's compiler for CPUs has them before it fuses: broadcasts, slices and transposes on their own."""
+    """Operations as XLA for CPUs has them before it fuses: with broadcasts, slices and transposes of their own."""
     return with_rearranged(with_broadcasts(with_slices(nodes, sliced)))
 
 
@@ -308,7 +308,9 @@ class AllPaths:
 
     def _at_most_unary(self, node: Node) -> bool:
         rank = _rank(node.outputs[0])
-        return sum(_rank(x) >= rank for x in node.inputs if not self._broadcasts(x)) <= 1
+        # A value added to itself is a product with two.
+        operands = dict.fromkeys(node.inputs)
+        return sum(_rank(x) >= rank for x in operands if not self._broadcasts(x)) <= 1
 
     def _broadcasts(self, x: Value) -> bool:
         return x in self._producer and self._producer[x].op.name in ("broadcast_in_dim", "iota")

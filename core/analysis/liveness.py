@@ -79,10 +79,12 @@ def liveness(traced: Traced, platform: str, *, donated: Collection[str] = ()) ->
             free.remove(x)
             aliased[y] = x
     own = [x for x in returned if x not in aliased]
+    copied: list[Value] = []
     if buffers.backend.copies_donated:
-        buffers.copy_inputs(overwritten(buffers.steps, aliased))
+        copied = overwritten(buffers.steps, aliased)
+        buffers.copy_inputs(copied)
     outputs = sum(buffers.nbytes(Value(x.aval)) for x in traced.graph.outputs if isinstance(x, Value))
-    run = _run(buffers, returned.keys(), {}, own)
+    run = _run(buffers, returned.keys(), {}, [*own, *(y for y, x in aliased.items() if x in copied)])
     fixed = sum(arguments.values()) + sum(map(buffers.nbytes, own))
     return Liveness(
         arguments=arguments,
@@ -144,7 +146,8 @@ def _run(buffers: Buffers, apart: Collection[Value], turns: dict[int, _Run], res
         buffers: what they read and write.
         apart: results that are counted elsewhere.
         turns: for bodies that were followed before, what a turn needs.
-        reserved: of what is apart, results whose memory others take until they are written.
+        reserved: of what is apart, results whose memory others take until they are written; among them those that take
+            a copied input's place.
     """
     inner = [_turn(step, buffers, turns) for step in buffers.steps]
     places = _places(buffers, apart)
@@ -202,17 +205,25 @@ def _lodged(
     """What lies in the memory of results that are not written yet: buffers, and of loops' turns, by number, the bytes.
 
     XLA goes through buffers from the largest to the smallest and gives each memory that is there already, if nothing
-    else is in it meanwhile (`BufferAssigner::AssignBuffersForComputations`).
+    else is in it meanwhile (`BufferAssigner::AssignBuffersForComputations`). What a result overwrites may be there
+    until then. Copies of donated inputs come first, so that the inputs' memory is free after them.
     """
     written = {y: number for number, step in enumerate(buffers.steps) for y in step.outputs}
-    rooms = [(buffers.nbytes(y), [(written[y], len(written))]) for y in reserved if y in written]
+    copies = sum(step.op.name == "copy" for step in buffers.steps)
+    rooms = [(buffers.nbytes(y), y, [(-1, copies - 1), (written[y], len(written))]) for y in reserved if y in written]
     guests: list[tuple[int, int, int, _Place | int]] = [(p.size, p.since, p.until, p) for p in places]
     for number, turn in enumerate(turns if rooms else ()):
         guests += [(size, number, number, number) for _, size, _ in (turn.alive if turn is not None else ())]
     found: dict[_Place | int, int] = {}
     for size, since, until, who in sorted(guests, key=lambda guest: (-guest[0], guest[1])) if rooms else ():
-        for room, taken in rooms:
-            if size <= room and all(until < start or end < since for start, end in taken):
+        for room, y, taken in rooms:
+            replaced = (
+                isinstance(who, _Place)
+                and (size, until) == (room, written[y])
+                and who.held[-1][1] in buffers.steps[until].replaces
+            )
+            over = until - 1 if replaced else until
+            if size <= room and all(over < start or end < since for start, end in taken):
                 taken.append((since, until))
                 found[who] = found.get(who, 0) + size
                 break

@@ -12,15 +12,18 @@ from typing import Any, Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from compax import _jax, ir, lowering
+from compax import ir, lowering
 from compax.capture import Captured
 from compax.composites.streams import Residual, on_the_way
-from compax.ir import Graph, Op, Path, Value
+from compax.ir import Graph, Op, Operand, Path, Value
 from compax.meaning import Meaning
 from compax.raising import Site, common_prefix
 
 SAVE, OFFLOAD = "compax.save", "compax.offload"
 """Names of the values that are kept on the device, and in host memory."""
+
+KERNEL_RESIDUALS = ("compax.attention.out", "compax.attention.lse")
+"""Names that fused kernels give to what their backward pass reads: where all is kept, the kernel is not run again."""
 
 REMATERIALIZED = frozenset({"remat", "remat2", "checkpoint"})
 _LOOPS = frozenset({"scan"})
@@ -170,7 +173,7 @@ def checkpointed(
         marks: operations whose results are kept all the same, on the device or in host memory.
         policy: of `jax.checkpoint`, such as one of `jax.checkpoint_policies`, instead of marks.
     """
-    return _evaluated(captured, _Checkpointing(captured, regions, marks, frozenset(), policy)) if regions else captured
+    return _evaluated(captured, _Checkpointing(captured, regions, marks, policy)) if regions else captured
 
 
 def without_checkpoints(captured: Captured, regions: Sequence[Region]) -> Captured:
@@ -181,7 +184,41 @@ def without_checkpoints(captured: Captured, regions: Sequence[Region]) -> Captur
         if (op.name in REMATERIALIZED or _is_mark(op))
         and any(region.holds(path) or _around(captured.graph, path, region) for region in regions)
     )
-    return _evaluated(captured, _Checkpointing(captured, (), {}, inside)) if inside else captured
+    return dataclasses.replace(captured, graph=_inlined(captured.graph, inside, {})) if inside else captured
+
+
+def _inlined(graph: Graph, inside: frozenset[int], memo: dict[int, Graph]) -> Graph:
+    """A graph in which some checkpoints are what they hold, and some marks what they mark. All else stays as it is."""
+    if id(graph) in memo:
+        return memo[id(graph)]
+    env: dict[Value, Operand] = {}
+    ops: list[Op] = []
+    constants = list(graph.constants)
+    for op in graph.ops:
+        operands = tuple(env.get(x, x) if isinstance(x, Value) else x for x in op.inputs)
+        bodies = tuple(_inlined(body, inside, memo) for body in op.bodies)
+        if id(op) not in inside:
+            same = all(a is b for a, b in zip((*operands, *bodies), (*op.inputs, *op.bodies), strict=True))
+            ops.append(op if same else dataclasses.replace(op, inputs=operands, bodies=bodies))
+        elif _is_mark(op):
+            env[op.outputs[0]] = operands[0]
+        else:
+            (body,) = bodies
+            inner: dict[Value, Any] = dict(zip(body.inputs, operands, strict=True))
+            for value, array in body.constants:
+                inner[value] = ir.Value(value.aval)
+                constants.append((inner[value], array))
+            ops += [ir.copied(each, inner) for each in body.ops]
+            results = [inner[y] if isinstance(y, Value) else y for y in body.outputs]
+            env.update(zip(op.outputs, results, strict=True))
+    outputs = tuple(env.get(x, x) if isinstance(x, Value) else x for x in graph.outputs)
+    same = len(ops) == len(graph.ops) and all(a is b for a, b in zip(ops, graph.ops, strict=True))
+    memo[id(graph)] = (
+        graph
+        if same
+        else dataclasses.replace(graph, ops=tuple(ops), outputs=outputs, constants=tuple(constants), imported=False)
+    )
+    return memo[id(graph)]
 
 
 def _evaluated(captured: Captured, evaluator: "_Checkpointing") -> Captured:
@@ -220,27 +257,28 @@ class _Checkpointing(lowering.Evaluator):
         captured: Captured,
         regions: Sequence[Region],
         marks: Mapping[Path, Mark],
-        inlined: frozenset[int],
         policy: Callable[..., Any] | None = None,
     ):
         super().__init__(rebuild=True)
-        self._inlined = inlined
         self._regions: dict[int, list[Region]] = {}
         for region in regions:
             self._regions.setdefault(id(graph_at(captured.graph, region.holder)), []).append(region)
-        self._marks = {id(ir.resolve(captured.graph, path)): mark for path, mark in marks.items()}
+        marked = {path: ir.resolve(captured.graph, path) for path in marks}
+        self._marks = {id(marked[path]): mark for path, mark in marks.items()}
+        kernels = any(op.equation is None for op in marked.values())
+        saved = [SAVE, *(KERNEL_RESIDUALS if kernels else ())]
         self._inside = 0
         offloaded = "offload" in marks.values()
         policies = jax.checkpoint_policies
         self._policy: Callable[..., Any] = policy or (
             policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=[SAVE],
+                names_which_can_be_saved=saved,
                 names_which_can_be_offloaded=[OFFLOAD],
                 offload_src="device",
                 offload_dst="pinned_host",
             )
             if offloaded
-            else policies.save_only_these_names(SAVE)
+            else policies.save_only_these_names(*saved)
         )
 
     def apply(self, op: Op, operands: list[Any]) -> list[Any]:
@@ -249,14 +287,6 @@ class _Checkpointing(lowering.Evaluator):
         if mark is None:
             return outputs
         return [checkpoint_name(y, SAVE if mark == "save" else OFFLOAD) for y in outputs]
-
-    def _apply(self, op: Op, operands: list[Any]) -> list[Any]:
-        if id(op) in self._inlined and _is_mark(op):
-            return operands
-        if id(op) in self._inlined:
-            with _jax.recorded_context(op.equation):
-                return self.run(op.bodies[0], operands)
-        return super()._apply(op, operands)
 
     def run(self, graph: Graph, inputs: Sequence[Any]) -> list[Any]:
         regions = self._regions.get(id(graph))

@@ -16,12 +16,12 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from compax.composites.layout import Layout
 from compax.composites.masks import in_band
+from compax.rewrites.checkpoint import KERNEL_RESIDUALS
 
 Kernel = Literal["splash", "cudnn", "pallas", "plain"]
 """Which implementation computes an attention."""
 
-OUT_NAME = "compax.attention.out"
-LSE_NAME = "compax.attention.lse"
+OUT_NAME, LSE_NAME = KERNEL_RESIDUALS
 """What `jax.checkpoint` policies may keep: the output, and the logarithm of the sum of exponentials of each query."""
 
 MASKED = -1e30

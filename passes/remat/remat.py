@@ -12,7 +12,7 @@ from compax.capture import Captured
 from compax.composites.base import Attention
 from compax.contracts import Exact
 from compax.errors import PipelineError, SelectorError
-from compax.ir import Path
+from compax.ir import Graph, Path
 from compax.meaning import Meaning
 from compax.passes.remat.planning import Planner
 from compax.passes.remat.searching import Meter, search, told
@@ -193,8 +193,18 @@ class _View:
         for composite in self.meaning.composites:
             if composite.output.node is not None:
                 node = composite.pv if isinstance(composite, Attention) else composite.output.node
-                found.append((composite.name, composite.kind, node.path))
+                found.append((composite.name, composite.kind, _whole(self.captured.graph, node.path)))
         return found
+
+
+def _whole(graph: Graph, path: Path) -> Path:
+    """Where an operation stands, or the operation of ours that it is in the body of: a kernel is kept as a whole."""
+    for depth, (position, index) in enumerate(path[:-1]):
+        op = graph.ops[position]
+        if op.equation is None:
+            return (*path[:depth], (position, -1))
+        graph = op.bodies[index]
+    return path
 
 
 def _with_loss(views: Sequence[_View]) -> _View:
