@@ -8,7 +8,8 @@ The report as JSON (`--json=FILE`); bytes, FLOPs and seconds are of one device, 
     shortage         null, or {message, needed, limit}: the compiler's complaint
     graph            predicted: what the graph says before it is compiled, or null for the loss alone:
                      {share, product_flops {phase: FLOPs}, update_flops, traffic, seconds, peak, temporaries,
-                     activations, timeline [bytes], phases [of each point], held [{site, phase, what, count, bytes}], missing};
+                     activations, timeline [bytes], phases [of each point],
+                     held [{site, phase, what, count, bytes}], missing};
                      these bytes are null where memory is not predicted, and missing says why
     memory           limit: bytes that a program can have, or null
                      predicted: {parameters, optimizer, state, batch, arguments}
