@@ -18,7 +18,7 @@ TPU: Mapping[str, str] = {
 }
 
 
-def compiler_options(platform: str) -> dict[str, str]:
+def compiler_options(platform: str) -> dict[str, str | bool]:
     """Options for `jax.jit(..., compiler_options=...)`, or for `compile`.
 
     Args:

@@ -155,21 +155,19 @@ class Shard(Pass):
         return tuple(n for name in self._batch for n in ((name, RING) if name == zero and RING in sizes else (name,)))
 
     def mesh_axes(self, target: Target | None) -> dict[str, int]:
-        fixed = target is not None and target.chip.platform != "cpu"
-        sizes = self._sizes(target.num_devices if fixed else None)
-        zero = self._zero_axes[0]
-        if not fixed or self._stage < _GRADIENTS or len(target.shape) < _TORUS or min(target.shape) < _TORUS:
+        if target is None or target.chip.platform == "cpu":
+            return self._sizes(None)
+        sizes, zero = self._sizes(target.num_devices), self._zero_axes[0]
+        if self._stage < _GRADIENTS or len(target.shape) < _TORUS or min(target.shape) < _TORUS:
             return sizes
         if sizes.get(zero, 1) * sizes.get("dcn_data", 1) != target.num_devices:
             return sizes
         # At once over all rings of a three-dimensional torus XLA gathers by summing and sums gradients whole: twice the
         # bytes (libtpu 0.0.42). Over two of them and then the third one it does not.
-        ring = target.shape[-1]
-        return {
-            n: s
-            for name, size in sizes.items()
-            for n, s in (((name, size // ring), (RING, ring)) if name == zero else ((name, size),))
-        }
+        ring, result = target.shape[-1], dict[str, int]()
+        for name, size in sizes.items():
+            result |= {name: size // ring, RING: ring} if name == zero else {name: size}
+        return result
 
     def _sizes(self, devices: int | None) -> dict[str, int]:
         sizes = self._given
