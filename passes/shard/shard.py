@@ -39,7 +39,7 @@ RING = "fsdp_ring"
 """The second axis of the mesh for `fsdp` or `data`, where these are laid over a whole torus of three dimensions."""
 _REST = -1
 _STAGES = 3
-_GRADIENTS, _TORUS = 2, 3
+_GRADIENTS, _TORUS, _MATRIX = 2, 3, 2
 _ROWS, _COLUMNS = 8, 128
 
 
@@ -193,13 +193,14 @@ class Shard(Pass):
         chosen = {path.name for path in self.select(map(_Parameter, program.params), what="parameter")}
         notes: dict[str, list[str]] = {}
         compute: dict[str, PartitionSpec] = {}
-        fused: dict[str, str] = {}
+        fused, stacked = dict[str, str](), set[str]()
         for captured in program.graphs.values():
             layout = self._layout(Meaning(captured, program.declared), sizes, notes, strict=not compute)
             for path, spec in self._compute(layout).items():
                 if path in chosen:
                     compute.setdefault(path, spec)
             fused |= self._fused(layout)
+            stacked |= _stacked(layout)
         texts = [rule for rule in self.rules if ARROW not in rule]
         ruled = {path for text in texts for path in ParameterRule.parse(text, sizes, "shard").matched(program.params)}
         compute = parameter_specs(program.params, texts, sizes, compute)
@@ -210,7 +211,11 @@ class Shard(Pass):
         for path, value in program.params.items():
             spec, why = _encodable(value, compute[path])
             compute[path] = spec
-            split, reason = self._stored(value, spec, sizes) if path in chosen and path not in ruled else (spec, "")
+            split, reason = (
+                self._stored(value, spec, sizes, stacked=path in stacked)
+                if path in chosen and path not in ruled
+                else (spec, "")
+            )
             stored[path] = split
             used = axes_of(split) or axes_of(spec)
             declined = why or (fused.get(path) or reason if not used else "")
@@ -328,24 +333,27 @@ class Shard(Pass):
                     "leave that axis out, or say by rules what it splits; program.axes() lists the axes"
                 )
 
-    def _stored(self, value: Any, compute: PartitionSpec, sizes: Mapping[str, int]) -> tuple[PartitionSpec, str]:
+    def _stored(
+        self, value: Any, compute: PartitionSpec, sizes: Mapping[str, int], *, stacked: bool
+    ) -> tuple[PartitionSpec, str]:
         """How a parameter, its gradient or its optimizer's state is stored under ZeRO, or why it is whole."""
         if not self._stage:
             return compute, ""
-        if value.ndim < 2:
+        first = 1 if stacked else 0
+        if value.ndim - first < _MATRIX:
             return compute, "a vector: whole on each device"
         over, entries = [n for n in self._zero_axes if n in sizes], entries_of(compute, value.ndim)
         parts = math.prod(sizes[name] for name in over)
         room = [value.shape[d] // math.prod(sizes[name] for name in entries[d]) for d in range(value.ndim)]
 
         def rank(d: int) -> tuple[Any, ...]:
-            # Whole dimensions first; the first of several belongs to the layers of a scan, if any does; then those of
-            # which a part fills tiles of a TPU's layout (8 x 128), and rather rows than columns; then the largest.
+            # Whole dimensions first; then those of which a part fills the tiles of a TPU (8 x 128); rather rows than
+            # columns; then the largest.
             last = d == value.ndim - 1
             unfilled = (room[d] // parts) % (_COLUMNS if last else _ROWS) != 0
-            return bool(entries[d]), d == 0 and value.ndim > 2, unfilled, last, -room[d]
+            return bool(entries[d]), unfilled, last, -room[d]
 
-        for d in sorted(range(value.ndim), key=rank):
+        for d in sorted(range(first, value.ndim), key=rank):
             if room[d] % parts == 0:
                 found = spec_of([*entries[:d], (*entries[d], *over), *entries[d + 1 :]])
                 if _encodable(value, found)[0] == found:
@@ -393,6 +401,17 @@ class Shard(Pass):
 class _Parameter:
     name: str
     kind: str = "parameter"
+
+
+def _stacked(layout: Layout) -> set[str]:
+    """Parameters of which each turn of a loop takes a part: their first dimension is that of the turns."""
+    leading = {
+        x.input.path: layout.expand(layout.dims(x)[0])
+        for x in layout.meaning.view.normal.inputs
+        if x.input is not None and x.input.kind == "parameter" and x.shape
+    }
+    layers = {axis.atom for axis in layout.meaning.axes if word(axis.name) == "layers"}
+    return {path for path, atoms in leading.items() if layers.intersection(atoms)}
 
 
 def _spec(text: str) -> PartitionSpec:
