@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from compax import Program, capture, ir, verify
+from compax.constraint import constrain
 from compax.errors import InferenceError
 from compax.infer import Policy, reinfer
 from compax.infer_rules import OPERANDWISE, POLYMORPHIC, retypable, widest
@@ -157,6 +158,7 @@ UNREACHED = {
     "mesh_cast": "explicit meshes",
     "reshard": "explicit meshes",
     "sharding_constraint": "tested with a mesh",
+    "constrain": "tested with a mesh",
     **dict.fromkeys(COLLECTIVES.split(), "tested under shard_map"),
 }
 
@@ -193,6 +195,14 @@ def test_sharding_constraint():
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("i"))
     _, result = retyped(lambda x: lax.with_sharding_constraint(x * 2, sharding), [normal(8, 4)], jnp.bfloat16)
     (op,) = operations(result.graph, "sharding_constraint")
+    assert op.outputs[0].dtype == BFLOAT16
+
+
+def test_constrain():
+    mesh = jax.sharding.AbstractMesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("i")
+    _, result = retyped(lambda x: constrain(x * 2, mesh, spec), [normal(8, 4)], jnp.bfloat16)
+    (op,) = operations(result.graph, "constrain")
     assert op.outputs[0].dtype == BFLOAT16
 
 
