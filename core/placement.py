@@ -133,27 +133,24 @@ class Placement:
         """The spec of the gradient of a parameter."""
         return self.gradients.get(path, self.spec(path))
 
-    def shardings(self, params: Mapping[str, Any], specs: Mapping[str, PartitionSpec] | None = None) -> dict[str, Any]:
+    def shardings(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Shardings of parameters by path, leaf by leaf for encoded ones; memory kinds included.
 
         Args:
             params: arrays, shapes or encodings.
-            specs: in place of the parameters' own.
         """
         found: dict[str, Any] = {}
         for path, value in params.items():
-            spec, kind = (self.specs if specs is None else specs).get(path, PartitionSpec()), self.memory_kind(path)
-            leaves = value.spec(spec) if isinstance(value, Encoded) else spec
+            leaves, kind = leaf_specs(value, self.spec(path)), self.memory_kind(path)
             found[path] = jax.tree.map(lambda leaf, kind=kind: self.place(leaf, kind), leaves, is_leaf=_is_spec)
         return found
 
     def constrained(self, params: Mapping[str, Any], specs: Mapping[str, PartitionSpec]) -> dict[str, Any]:
         """Parameters, or what has their paths, constrained to specs within a computation; whole where none is named."""
-        found: dict[str, Any] = {}
-        for path, value in params.items():
-            spec = specs.get(path, PartitionSpec())
-            found[path] = jax.tree.map(self.laid, value, value.spec(spec) if isinstance(value, Encoded) else spec)
-        return found
+        return {
+            path: jax.tree.map(self.laid, value, leaf_specs(value, specs.get(path, PartitionSpec())))
+            for path, value in params.items()
+        }
 
     def laid(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
         """An array constrained to a spec within a computation; the array if there is no mesh."""
@@ -203,6 +200,15 @@ class Placement:
         if device is None:
             device = self.mesh.devices.flat[0] if isinstance(self.mesh, Mesh) else jax.devices()[0]
         check_memory(device, self.memories)
+
+
+def leaf_specs(value: Any, spec: PartitionSpec) -> Any:
+    """The spec of each leaf of a parameter: the same pytree, or the one spec of an array.
+
+    Raises:
+        EncodingError: the encoding cannot be split so.
+    """
+    return value.spec(spec) if isinstance(value, Encoded) else spec
 
 
 def entries_of(spec: PartitionSpec, dimensions: int) -> list[tuple[str, ...]]:

@@ -18,7 +18,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import compax
-from compax.encoding import Encoded, leaf_nbytes
+from compax import placement
+from compax.encoding import leaf_nbytes
 from compax.errors import EncodingError, ShardingError
 from compax.experiments.config import Config
 from compax.passes.shard.rules import check_axis, entry, parameter_specs
@@ -31,10 +32,8 @@ def leaf_specs(path: str, value: Any, spec: PartitionSpec) -> Any:
     Raises:
         ShardingError: the encoding cannot be split so.
     """
-    if not isinstance(value, Encoded):
-        return spec
     try:
-        return value.spec(spec)
+        return placement.leaf_specs(value, spec)
     except EncodingError as error:
         raise ShardingError(
             f"sharding.params: {path} is {value.format} and cannot be split by {spec}: {error}"
@@ -108,13 +107,13 @@ class StepSpecs:
     batch: tuple[str, ...]
 
 
-def placement_specs(placement: Placement) -> StepSpecs:
+def placement_specs(placed: Placement) -> StepSpecs:
     """The specs that a program's placement asks for."""
     return StepSpecs(
-        params=placement.specs,
-        gradients={**placement.specs, **placement.gradients},
-        optimizer={**placement.specs, **placement.optimizer},
-        batch=placement.batch,
+        params=placed.specs,
+        gradients={**placed.specs, **placed.gradients},
+        optimizer={**placed.specs, **placed.optimizer},
+        batch=placed.batch,
     )
 
 
@@ -124,14 +123,15 @@ def step_specs(config: Config, program: compax.Program, axes: Mapping[str, int])
     Raises:
         ShardingError: a rule is wrong, or does not fit.
     """
-    placement, rules = program.placement, config.sharding
-    params = parameter_specs(program.params, rules.params, axes, placement.specs, "sharding.params")
-    split = {**params, **placement.optimizer} if not rules.params else params
+    placed, rules = program.placement, config.sharding
+    params = parameter_specs(program.params, rules.params, axes, placed.specs, "sharding.params")
+    # Gradients and the optimizer's state follow what rules say of their parameters.
+    gradients, moments = ({}, {}) if rules.params else (placed.gradients, placed.optimizer)
     return StepSpecs(
         params=params,
-        gradients={**params, **placement.gradients} if not rules.params else params,
-        optimizer=parameter_specs(program.params, rules.optimizer, axes, split, "sharding.optimizer"),
-        batch=placement.batch or tuple(rules.batch),
+        gradients={**params, **gradients},
+        optimizer=parameter_specs(program.params, rules.optimizer, axes, {**params, **moments}, "sharding.optimizer"),
+        batch=placed.batch or tuple(rules.batch),
     )
 
 

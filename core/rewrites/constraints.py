@@ -196,10 +196,10 @@ def _forgetting(body: Graph) -> Graph:
 
     Kept, they would be the whole stack on every device: more than what their storage in parts saves.
     """
-    like = _jax.abstract(jax.ShapeDtypeStruct((), jnp.float32))
-    (remat,) = ir.trace(jax.checkpoint(jnp.sin, policy=_all_but_gathered, prevent_cse=False), like).ops
     if body.constants:
         return body
+    like = _jax.abstract(jax.ShapeDtypeStruct((), jnp.float32))
+    (remat,) = ir.trace(jax.checkpoint(jnp.sin, policy=_all_but_gathered, prevent_cse=False), like).ops
     outputs = tuple(Value(x.aval) for x in body.outputs)
     inputs = tuple(Value(x.aval) for x in body.inputs)
     op = dataclasses.replace(remat, inputs=inputs, outputs=outputs, bodies=(body,))

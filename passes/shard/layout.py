@@ -42,9 +42,7 @@ class Layout:
         self.meaning = meaning
         self.engine = meaning.view.engine
         self.sizes = sizes
-        self.units: list[Unit] = []
         self.taken: dict[Atom, Unit] = {}
-        self.names = {axis.atom: axis.name for axis in meaning.axes}
 
     def expand(self, factors: Iterable[Atom]) -> Factors:
         """A dimension in its finest factors."""
@@ -55,7 +53,6 @@ class Layout:
         atoms = self.expand(factors)
         if atoms and mesh_axes and not any(atom in self.taken for atom in atoms):
             unit = Unit(atoms, tuple(mesh_axes))
-            self.units.append(unit)
             self.taken |= dict.fromkeys(atoms, unit)
 
     def parts(self, mesh_axes: Iterable[str]) -> int:
@@ -89,6 +86,11 @@ class Layout:
     def dims(self, x: Val) -> Sequence[Factors]:
         """The dimensions of a value."""
         return self.engine.dims[x]
+
+    def parameters(self) -> dict[str, Sequence[Factors]]:
+        """The dimensions of each parameter of the graph, by path."""
+        inputs = self.meaning.view.normal.inputs
+        return {x.input.path: self.dims(x) for x in inputs if x.input is not None and x.input.kind == "parameter"}
 
     def named(self, name: str) -> Factors:
         """The atom of the axis that is called so; nothing if there is none."""

@@ -114,7 +114,7 @@ class ParameterRule:
             SelectorError: none is, or the regular expression is not one.
         """
         if not self.pattern.startswith(REGEX):
-            return [path.name for path in select(self.pattern, map(_Path, paths), what="parameter")]
+            return [path.name for path in select(self.pattern, map(ParameterPath, paths), what="parameter")]
         try:
             expression = re.compile(self.pattern.removeprefix(REGEX))
         except re.error as error:
@@ -127,7 +127,7 @@ class ParameterRule:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Path:
+class ParameterPath:
     """A parameter in the place of a site, so that selectors apply to it."""
 
     name: str
@@ -200,6 +200,11 @@ def spec_of(entries: Iterable[Sequence[str]]) -> PartitionSpec:
 def entry(names: Sequence[str]) -> Any:
     """The entry of a spec for a dimension that is split over some mesh axes."""
     return None if not names else names[0] if len(names) == 1 else tuple(names)
+
+
+def parse_spec(text: str) -> PartitionSpec:
+    """Reads what `spec_text` writes."""
+    return spec_of(() if part == WHOLE else part.split("+") for part in text.split(","))
 
 
 def spec_text(spec: PartitionSpec) -> str:

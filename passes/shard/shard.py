@@ -9,6 +9,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from compax import _jax
+from compax.analysis.atoms import Factors
 from compax.capture import Captured
 from compax.composites.base import Attention, Experts, FeedForward
 from compax.contracts import Exact
@@ -20,8 +21,10 @@ from compax.passes.shard.layout import Layout, batches_of, indivisible, split_at
 from compax.passes.shard.rules import (
     ARROW,
     AxisRule,
+    ParameterPath,
     ParameterRule,
     parameter_specs,
+    parse_spec,
     spec_of,
     spec_text,
 )
@@ -100,7 +103,6 @@ class Shard(Pass):
 
     phase: ClassVar[str] = "placement"
     contract: ClassVar[Any] = Exact()
-    conflicts: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = "Shoeybi et al. 2019, arXiv:1909.08053; Rajbhandari et al. 2019, arXiv:1910.02054"
     example: ClassVar[str] = "shard(fsdp=-1, tensor=4, sequence=tensor)"
 
@@ -189,13 +191,13 @@ class Shard(Pass):
         sizes = self.mesh_axes(context.target)
         for captured in program.graphs.values():
             _refuse_explicit(captured)
-        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-        chosen = {path.name for path in self.select(map(_Parameter, program.params), what="parameter")}
+        chosen = {path.name for path in self.select(map(ParameterPath, program.params), what="parameter")}
         notes: dict[str, list[str]] = {}
         compute: dict[str, PartitionSpec] = {}
         fused, stacked = dict[str, str](), set[str]()
-        for captured in program.graphs.values():
-            layout = self._layout(Meaning(captured, program.declared), sizes, notes, strict=not compute)
+        meanings = {key: Meaning(captured, program.declared) for key, captured in program.graphs.items()}
+        for meaning in meanings.values():
+            layout = self._layout(meaning, sizes, notes, strict=not compute)
             for path, spec in self._compute(layout).items():
                 if path in chosen:
                     compute.setdefault(path, spec)
@@ -235,13 +237,13 @@ class Shard(Pass):
         }
         zero3 = self._stage >= _STAGES
         placement = program.placement.replace(
-            mesh=mesh,
+            mesh=_mesh(sizes),
             specs={path: stored[path] if zero3 else compute[path] for path in stored if axes_of(stored[path])},
             optimizer={path: stored[path] for path in stored if self._stage and axes_of(stored[path])},
             gradients={path: stored[path] for path in stored if self._stage > 1 and axes_of(stored[path])},
             batch=self._batch_axes(sizes),
         )
-        graphs = self.rewrite_graphs(program, decisions)
+        graphs = {key: self._rewritten(program.graphs[key], meanings[key], decisions) for key in meanings}
         told = tuple(
             f"{', '.join(list(dict.fromkeys(names))[:2])}{', ...' if len(names) > 2 else ''}: {note}"
             for note, names in notes.items()
@@ -273,22 +275,18 @@ class Shard(Pass):
         def asked(name: str) -> bool:
             return not any(rule.matches(name) for rule in whole)
 
-        def hidden(name: str, factors: Any, parameters: Sequence[str]) -> None:
+        def split(name: str, factors: Factors, parameters: Sequence[str], over: tuple[str, ...]) -> None:
             atoms = layout.expand(factors)
             size = math.prod(atom.size for atom in atoms)
             if any(atom in layout.taken for atom in atoms) or not asked(name):
                 return
-            if size % layout.parts(self._tensor):
-                raise ShardingError(indivisible(layout, name, size, parameters, self._tensor))
-            layout.split(atoms, self._tensor)
+            if size % layout.parts(over):
+                raise ShardingError(indivisible(layout, name, size, parameters, over))
+            layout.split(atoms, over)
 
         for composite in meaning.composites:
-            if isinstance(composite, Experts) and self.expert is not None and asked(f"{composite.name}.experts"):
-                count = math.prod(atom.size for atom in layout.expand(composite.experts))
-                if count % sizes["expert"]:
-                    name = f"{composite.name}.experts"
-                    raise ShardingError(indivisible(layout, name, count, composite.parameters, ("expert",)))
-                layout.split(composite.experts, ("expert",))
+            if isinstance(composite, Experts) and self.expert is not None:
+                split(f"{composite.name}.experts", composite.experts, composite.parameters, ("expert",))
             if not self._tensor:
                 continue
             if isinstance(composite, Attention) and asked("heads"):
@@ -296,28 +294,26 @@ class Shard(Pass):
                 if note and notes is not None:
                     notes.setdefault(note, []).append(composite.name)
             elif isinstance(composite, (FeedForward, Experts)):
-                hidden(f"{composite.name}.hidden", composite.hidden, composite.parameters)
+                split(f"{composite.name}.hidden", composite.hidden, composite.parameters, self._tensor)
         for axis in meaning.axes if self._tensor else ():
             if word(axis.name) == "vocabulary" and axis.parameters:
-                hidden(axis.name, (axis.atom,), list(axis.parameters))
+                split(axis.name, (axis.atom,), list(axis.parameters), self._tensor)
         return layout
 
     def _compute(self, layout: Layout) -> dict[str, PartitionSpec]:
         """How parameters lie where they are used."""
         batch = set(self._batch_axes(layout.sizes)) - {"expert"}
-        found: dict[str, PartitionSpec] = {}
-        for x in layout.meaning.view.normal.inputs:
-            if x.input is not None and x.input.kind == "parameter":
-                entries = layout.entries(layout.dims(x))
-                found[x.input.path] = spec_of([n for n in names or () if n not in batch] for names in entries)
-        return found
+        return {
+            path: spec_of([n for n in names or () if n not in batch] for names in layout.entries(dims))
+            for path, dims in layout.parameters().items()
+        }
 
     def _fused(self, layout: Layout) -> dict[str, str]:
         """Parameters in which axes that are split lie side by side or behind others, and why they are whole."""
         return {
-            x.input.path: "what is split lies side by side in one dimension of it: whole, and computed on each device"
-            for x in layout.meaning.view.normal.inputs
-            if x.input is not None and x.input.kind == "parameter" and None in layout.entries(layout.dims(x))
+            path: "what is split lies side by side in one dimension of it: whole, and computed on each device"
+            for path, dims in layout.parameters().items()
+            if None in layout.entries(dims)
         }
 
     def _check_use(self, program: Program, compute: Mapping[str, PartitionSpec]) -> None:
@@ -374,18 +370,19 @@ class Shard(Pass):
     # -- Graphs -------------------------------------------------------------------------------------------------------
 
     def rewrite(self, captured: Captured, decisions: Mapping[str, Any]) -> Captured:
+        return self._rewritten(captured, Meaning(captured, decisions["declared"]), decisions)
+
+    def _rewritten(self, captured: Captured, meaning: Meaning, decisions: Mapping[str, Any]) -> Captured:
         sizes = dict(decisions["mesh"])
-        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-        meaning = Meaning(captured, decisions["declared"])
         layout = self._layout(meaning, sizes)
-        compute = {path: _spec(text) for path, text in decisions["compute"].items()}
-        gathered = {path: _spec(text) for path, text in decisions["gathered"].items()}
+        compute = {path: parse_spec(text) for path, text in decisions["compute"].items()}
+        gathered = {path: parse_spec(text) for path, text in decisions["gathered"].items()}
         kept = self._stage >= _STAGES
         parameters = {
             path: self._chain(spec, compute.get(path, PartitionSpec()), sizes, kept) for path, spec in gathered.items()
         }
         results, operands = activation_constraints(captured, layout, self.sequence)
-        return constrained(captured, Constraints(mesh, parameters, results, operands))
+        return constrained(captured, Constraints(_mesh(sizes), parameters, results, operands))
 
     def _chain(
         self, stored: PartitionSpec, compute: PartitionSpec, sizes: Mapping[str, int], kept: bool
@@ -397,25 +394,14 @@ class Shard(Pass):
         return Laid(between, stored, gathered=kept), Laid(compute, between, gathered=kept)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Parameter:
-    name: str
-    kind: str = "parameter"
+def _mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _stacked(layout: Layout) -> set[str]:
     """Parameters of which each turn of a loop takes a part: their first dimension is that of the turns."""
-    leading = {
-        x.input.path: layout.expand(layout.dims(x)[0])
-        for x in layout.meaning.view.normal.inputs
-        if x.input is not None and x.input.kind == "parameter" and x.shape
-    }
     layers = {axis.atom for axis in layout.meaning.axes if word(axis.name) == "layers"}
-    return {path for path, atoms in leading.items() if layers.intersection(atoms)}
-
-
-def _spec(text: str) -> PartitionSpec:
-    return spec_of(() if part == "-" else part.split("+") for part in text.split(","))
+    return {path for path, dims in layout.parameters().items() if dims and layers.intersection(layout.expand(dims[0]))}
 
 
 def _encodable(value: Any, spec: PartitionSpec) -> tuple[PartitionSpec, str]:
