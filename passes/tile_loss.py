@@ -12,10 +12,12 @@ import numpy as np
 from compax import _jax, lowering
 from compax.capture import Captured
 from compax.composites.cross_entropy import CrossEntropy, NoCrossEntropy, find_cross_entropies
+from compax.composites.sides import CONSTRAINTS
 from compax.contracts import Contract, largest_relative_error, rounding_tolerance
 from compax.encoding import Encoded
 from compax.errors import ContractError, LoweringError, PipelineError, RewriteError
 from compax.ir import Graph, Op
+from compax.placement import entries_of
 from compax.program import Program
 from compax.rewrites.statistics import CHAIN, Tiles, token_shape, with_statistics
 from compax.transform import Context, Pass, PassResult, SiteReport, Status, register
@@ -479,6 +481,8 @@ class TileLoss(Pass):
         if self.vocabulary is not None:
             if size <= self.vocabulary:
                 return "matched", f"its vocabulary of {size} is one chunk"
+            if axes := _split_over(found):
+                return "skipped", f"its vocabulary is split over {axes}; use tile_loss(tokens=...)"
             vocabulary, positions = self.vocabulary, tokens[-1]
         else:
             vocabulary, positions = None, stretch(tokens, (self.tokens or 1024) * shards)
@@ -488,6 +492,15 @@ class TileLoss(Pass):
             return with_statistics(captured.graph, found, OPERATION, positions, vocabulary)
         except RewriteError as error:
             return "skipped", str(error)
+
+
+def _split_over(found: CrossEntropy) -> str:
+    """The mesh axes that logits' vocabulary is split over; nothing where it is whole."""
+    for op in found.chain:
+        spec = getattr(op.attributes.get("sharding"), "spec", ())
+        if op.name in CONSTRAINTS and (names := entries_of(spec, len(found.head.outputs[0].shape))[found.dim]):
+            return "+".join(names)
+    return ""
 
 
 def stretch(tokens: Sequence[int], wanted: int) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from compax import _jax
 from compax.composites.alignment import ELEMENTWISE
-from compax.composites.sides import CALLS, COPIES, Inline, Narrow, OneHot, Scalar, Side, Sides, Spread
+from compax.composites.sides import CALLS, CONSTRAINTS, COPIES, Inline, Narrow, OneHot, Scalar, Side, Sides, Spread
 from compax.ir import Graph, Op, Operand, Value
 from compax.rewrites.splice import live
 
@@ -150,7 +150,9 @@ class Walk:
         Raises:
             Declined: they start with different ones, or no label is picked.
         """
-        chains = {use.form.settled for use in self.uses}
+        chains: dict[tuple[Op, ...], tuple[Op, ...]] = {}
+        for chain in sorted({use.form.settled for use in self.uses}, key=len):
+            chains[tuple(op for op in chain if op.name not in CONSTRAINTS)] = chain
         if len(chains) > 1:
             names = sorted({op.name for chain in chains for op in chain})
             raise Declined(f"logits are used before and after some operations on them: {', '.join(names)}")
@@ -158,7 +160,7 @@ class Walk:
             raise Declined("there is no logsumexp over the outputs of the layer")
         if not any(use.kind == "pick" or use.form.one_hot for use in self.uses):
             raise Declined("no label is picked from the logits: it is no cross-entropy")
-        return chains.pop()
+        return next(iter(chains.values()))
 
     def visit(self, op: Op, wide: Sequence[int]) -> None:
         if op.name in CALLS:
@@ -167,8 +169,10 @@ class Walk:
             self.decline(op, "meet themselves in")
         (index,) = wide
         form, operand = self._form(op, index), op.inputs[index]
-        if op.name in COPIES:
-            new: Form | None = form
+        if op.name in CONSTRAINTS and form.plain and op.outputs[0].shape == self.head.outputs[0].shape:
+            new: Form | None = dataclasses.replace(form, chain=(*form.chain, op))
+        elif op.name in COPIES:
+            new = form
         elif op.name == "stop_gradient":
             new = dataclasses.replace(form, stopped=True)
         elif (rule := _RULES.get(op.name)) is not None:

@@ -19,9 +19,10 @@ from compax.ir import Graph, Literal, Op, Operand, Value
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 """Calls that can be inlined."""
 
-COPIES = frozenset(
-    {"copy", "copy_p", "name", "sharding_constraint", "constrain", "optimization_barrier", "reduce_precision"}
-)
+CONSTRAINTS = frozenset({"constrain", "sharding_constraint"})
+"""Operations that say how their operand lies on a mesh."""
+
+COPIES = CONSTRAINTS | {"copy", "copy_p", "name", "optimization_barrier", "reduce_precision"}
 """Operations that hand their operand on."""
 
 _LARGEST = 1 << 22
@@ -139,7 +140,7 @@ class Sides:
         if op.name in COPIES or op.name in ("convert_element_type", "stop_gradient"):
             found = self.side(op.inputs[0], shape, dim)
             # What a conversion or a stopped gradient does to other sides would be lost.
-            return found if isinstance(found, OneHot) or op.name in ("sharding_constraint", "constrain") else None
+            return found if isinstance(found, OneHot) or op.name in CONSTRAINTS else None
         if op.name == "eq":
             return self._comparison(op, shape, dim)
         return self._scaled(op, shape, dim)

@@ -6,7 +6,7 @@ fewer bits.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from compax import _jax, ir
 from compax.capture import Captured
+from compax.composites.sides import CALLS
 from compax.constraint import CONSTRAIN, constrain
 from compax.errors import RewriteError
 from compax.ir import Graph, Op, Operand, Path, Value
@@ -24,7 +25,7 @@ from compax.rewrites.splice import emit
 GATHERED = "compax.gathered"
 """The name of parameters gathered for their use, which no backward pass should find kept."""
 
-_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"})
+_CALLS = CALLS | {"remat", "remat2", "checkpoint"}
 ENTERED = _CALLS | {"scan", "while", "cond"}
 """Operations in whose bodies results are constrained."""
 
@@ -69,12 +70,15 @@ class Constraints:
         parameters: by path.
         results: by the operation; of its first result.
         operands: by the operation and the position of the operand; for that operation alone.
+        layers: where layers start and stop among the operations at the top. Parameters that are gathered for one are
+            not kept for the backward pass.
     """
 
     mesh: AbstractMesh
     parameters: Mapping[str, Chain] = dataclasses.field(default_factory=dict)
     results: Mapping[Path, Chain] = dataclasses.field(default_factory=dict)
     operands: Mapping[tuple[Path, int], Laid] = dataclasses.field(default_factory=dict)
+    layers: tuple[tuple[int, int], ...] = ()
 
 
 def constrained(captured: Captured, constraints: Constraints) -> Captured:
@@ -124,16 +128,24 @@ class _Inserter:
             return env.get(x, x) if isinstance(x, Value) else x
 
         cast: dict[Op, Chain] = {}
-        gathers = False
+        waiting: dict[Value, Chain] = {}  # put together at their first use
         for x, laid in inputs.items():
             if x in deeper:
                 continue
-            gathers = gathers or any(each.gathered for each in laid)
             if casts := _casts(graph, x):
                 cast |= dict.fromkeys(casts, laid)
             else:
-                env[x] = self._put(ops, x, laid)
+                waiting[x] = laid
+
+        def arrive(values: Sequence[Operand]) -> None:
+            for x in values:
+                if isinstance(x, Value) and (laid := waiting.pop(x, None)) is not None:
+                    env[x] = self._put(ops, x, laid)
+
+        begins: list[int] = []
         for position, op in enumerate(graph.ops):
+            begins.append(len(ops))
+            arrive(op.inputs)
             path, original = (*prefix, (position, -1)), op
             operands = list(map(read, op.inputs))
             for i, x in enumerate(op.inputs):
@@ -150,11 +162,16 @@ class _Inserter:
                 env[op.outputs[0]] = self._put(ops, op.outputs[0], cast[original])
             if chain := self.constraints.results.get(path):
                 env[op.outputs[0]] = self._put(ops, read(op.outputs[0]), chain)
+        arrive(graph.outputs)
         outputs = tuple(map(read, graph.outputs))
         if len(ops) == len(graph.ops) and all(a is b for a, b in zip(ops, graph.ops, strict=True)):
             return graph
         result = dataclasses.replace(graph, ops=tuple(ops), outputs=outputs, imported=False)
-        return _forgetting(result) if gathers and self._is_turn(prefix) else result
+        if self._is_turn(prefix):
+            return _forgetting(result, [(0, len(ops))], in_loop=True)
+        begins.append(len(ops))
+        layers = [(begins[start], begins[stop]) for start, stop in self.constraints.layers] if not prefix else []
+        return _forgetting(result, layers, in_loop=False)
 
     def _is_turn(self, prefix: Path) -> bool:
         """Whether steps lead to the body of a loop."""
@@ -191,19 +208,41 @@ class _Inserter:
         return result
 
 
-def _forgetting(body: Graph) -> Graph:
-    """The turn of a loop that keeps everything for the backward pass but gathered parameters.
+def _forgetting(graph: Graph, stretches: Sequence[tuple[int, int]], *, in_loop: bool) -> Graph:
+    """A graph that keeps everything for the backward pass but the parameters gathered in some stretches of it.
 
-    Kept, they would be the whole stack on every device: more than what their storage in parts saves.
+    Kept, they would be all parameters on every device: more than what their storage in parts saves.
     """
-    if body.constants:
-        return body
+    ops, position = list[Op](), 0
+    for start, stop in stretches:
+        inside = graph.ops[start:stop]
+        if not any(map(_gathers, inside)):
+            continue
+        later = {x for op in graph.ops[stop:] for x in op.inputs} | set(graph.outputs)
+        ops += [*graph.ops[position:start], _checkpoint(inside, later, in_loop=in_loop)]
+        position = stop
+    return dataclasses.replace(graph, ops=(*ops, *graph.ops[position:])) if ops else graph
+
+
+def _gathers(op: Op) -> bool:
+    """Whether an operation names a gathered parameter, or a call that keeps what its body does."""
+    if op.name == "name":
+        return op.attributes["name"] == GATHERED
+    return op.name in CALLS and any(map(_gathers, op.bodies[0].ops))
+
+
+def _checkpoint(inside: Sequence[Op], later: Collection[Operand], *, in_loop: bool) -> Op:
+    """Operations as one, under `jax.checkpoint`."""
     like = _jax.abstract(jax.ShapeDtypeStruct((), jnp.float32))
-    (remat,) = ir.trace(jax.checkpoint(jnp.sin, policy=_all_but_gathered, prevent_cse=False), like).ops
-    outputs = tuple(Value(x.aval) for x in body.outputs)
-    inputs = tuple(Value(x.aval) for x in body.inputs)
-    op = dataclasses.replace(remat, inputs=inputs, outputs=outputs, bodies=(body,))
-    return dataclasses.replace(body, inputs=inputs, ops=(op,), outputs=outputs, imported=False)
+    wrapped = jax.checkpoint(jnp.sin, policy=_all_but_gathered, prevent_cse=not in_loop)
+    (remat,) = ir.trace(wrapped, like).ops
+    made = {y for op in inside for y in op.outputs}
+    given = dict.fromkeys(x for op in inside for x in op.inputs if isinstance(x, Value) and x not in made)
+    results = tuple(y for op in inside for y in op.outputs if y in later)
+    inner: dict[Value, Any] = {x: Value(x.aval) for x in given}
+    steps = tuple(ir.copied(op, inner) for op in inside)
+    body = Graph(tuple(inner[x] for x in given), steps, tuple(inner[y] for y in results))
+    return dataclasses.replace(remat, inputs=tuple(given), outputs=results, bodies=(body,))
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:

@@ -30,6 +30,7 @@ from compax.passes.shard.rules import (
 )
 from compax.placement import axes_of, entries_of
 from compax.program import Program
+from compax.rewrites.checkpoint import find_regions
 from compax.rewrites.constraints import Constraints, Laid, constrained
 from compax.target import Target
 from compax.transform import Context, Pass, PassResult, SiteReport, register
@@ -382,7 +383,8 @@ class Shard(Pass):
             path: self._chain(spec, compute.get(path, PartitionSpec()), sizes, kept) for path, spec in gathered.items()
         }
         results, operands = activation_constraints(captured, layout, self.sequence)
-        return constrained(captured, Constraints(_mesh(sizes), parameters, results, operands))
+        layers = [(region.start, region.stop) for region in find_regions(captured, meaning) if not region.holder]
+        return constrained(captured, Constraints(_mesh(sizes), parameters, results, operands, tuple(layers)))
 
     def _chain(
         self, stored: PartitionSpec, compute: PartitionSpec, sizes: Mapping[str, int], kept: bool
