@@ -14,7 +14,7 @@ from compax.ir import Graph, Literal, Op, Path, Value
 
 RENAMING = frozenset(
     {"reshape", "squeeze", "expand_dims", "stop_gradient", "copy", "copy_p", "optimization_barrier", "name", "pvary"}
-    | {"pcast", "sharding_constraint", "constrain", "reshard"}
+    | {"pcast", "sharding_constraint", "constrain", "compress", "reshard"}
 )
 """Operations whose result is their operand under another name."""
 

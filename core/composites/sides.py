@@ -20,7 +20,8 @@ CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 """Calls that can be inlined."""
 
 COPIES = frozenset(
-    {"copy", "copy_p", "name", "sharding_constraint", "constrain", "optimization_barrier", "reduce_precision"}
+    {"copy", "copy_p", "name", "compress", "sharding_constraint", "constrain", "optimization_barrier"}
+    | {"reduce_precision"}
 )
 """Operations that hand their operand on."""
 
