@@ -394,8 +394,8 @@ MOVES = named(
 
 NAMING = named(
     "name compress optimization_barrier sharding_constraint constrain reshard mesh_cast pvary pcast stop_gradient "
-    "device_put random_wrap random_unwrap random_clone layout_constraint with_memory_space_constraint reduced_vary_cast "
-    "reduced_vary_cast_p vary_unreduced_cast_p core_pvary pin unpin from_edtype to_edtype multiple_of"
+    "device_put random_wrap random_unwrap random_clone layout_constraint with_memory_space_constraint "
+    "reduced_vary_cast reduced_vary_cast_p vary_unreduced_cast_p core_pvary pin unpin from_edtype to_edtype multiple_of"
 )
 """Operations that hand their operands on and neither compute nor move anything by themselves."""
 
