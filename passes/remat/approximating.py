@@ -21,6 +21,11 @@ BOUND = 0.05
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _EXPONENTIALS = frozenset({"exp", "exp2", "expm1", "log", "log1p"})
 _STATISTICS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin"})
+_READ_BACK = frozenset(
+    {"exp", "exp2", "expm1", "tanh", "logistic", "sqrt", "rsqrt", "cbrt", "tan", "erf_inv", "max", "min", "cummax"}
+    | {"cummin", "cumprod", "sort"}
+)
+"""Operations whose derivative is computed from their result."""
 _WORTH = 0.75
 """The share of a value's bytes that its int8 form may take."""
 
@@ -54,6 +59,8 @@ def _refusal(
     y = op.outputs[0]
     if y.dtype not in _DTYPES or not y.shape:
         return f"it is {_jax.aval_text(y.aval)}: arrays of float32, bfloat16 and float16 are kept as int8"
+    if op.name in _READ_BACK:
+        return "its own derivative reads it exactly"
     if value in statistics:
         return "it is a statistic, by which others are scaled"
     if value in before_exponentials:

@@ -272,7 +272,8 @@ class Planner:
                 best = Plan(marks, self.regions, choice, predicted)
             if -0.02 * budget_bytes < over <= 0 or (over <= 0 and choice.seconds == 0):
                 break
-            room -= over if over > 0 else 0.8 * over
+            # What is too much is taken from what was used, not from the room: the choice may have left some of it.
+            room = choice.kept_bytes + choice.working_bytes - over if over > 0 else room - 0.8 * over
         return best
 
     def marks(self, choice: Choice) -> dict[Path, Mark]:
