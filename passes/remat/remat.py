@@ -63,8 +63,7 @@ class Remat(Pass):
         keep: the preset.
         save: a selector of sites and composites whose results are kept.
         offload: a selector of sites and composites whose results are kept in host memory.
-        compress: a selector of sites and composites whose results are kept as int8. Beside `keep=everything` the layers
-            keep all else, exactly.
+        compress: a selector of sites and composites whose results are kept as int8.
         lossy: what the search under a budget may do to values that it keeps.
         budget: bytes that one device has for the step.
         target: the chip, such as `v5e`; by default the one that the context says, or the machine's own.
@@ -109,6 +108,11 @@ class Remat(Pass):
                 "remat: lossy is a permission for the search under a budget; give a budget, or say what is kept as "
                 "int8: compress=SELECTOR"
             )
+        if self.keep == "everything" and self.compress:
+            raise PipelineError(
+                "remat: with keep=everything layers keep what is computed from values, exactly, and int8 would come on "
+                "top of it; take keep=dots beside compress"
+            )
         if self.optimizer < 0:
             raise PipelineError(f"remat: optimizer={self.optimizer}: an optimizer keeps 0 arrays or more")
 
@@ -131,7 +135,7 @@ class Remat(Pass):
             regions, marks, notes = self._planned(program, context, views, chosen)
         else:
             marks, declined = self._marked(views, chosen)
-            regions = () if self.keep == "everything" and self.compress is None else tuple(sorted(chosen))
+            regions = () if self.keep == "everything" else tuple(sorted(chosen))
         decisions = {"layers": tuple(sorted(chosen)), "regions": regions, "marks": marks}
         graphs = self.rewrite_graphs(program, decisions)
         changed = graphs is not program.graphs
@@ -160,8 +164,7 @@ class Remat(Pass):
         regions = [region for region in view.regions if region.name in decisions["regions"]]
         names = view.names(decisions["layers"])
         marks = {names[name]: mark for name, mark in decisions["marks"].items() if name in names}
-        everything = jax.checkpoint_policies.everything_saveable if self.keep == "everything" else None
-        return checkpointed(view.captured, regions, marks, everything)
+        return checkpointed(view.captured, regions, marks)
 
     def _approximated(self, program: Program, decisions: Mapping[str, Any]) -> str:
         """What int8 saves, beside the same values kept as they are."""
