@@ -39,18 +39,20 @@ def refusals(captured: Captured, regions: Sequence[Region]) -> dict[Path, str]:
             flat = Flat(graph_at(captured.graph, region.holder), prefix=region.holder)
             statistics = {y for node in flat.nodes if node.op.name in _STATISTICS for y in node.outputs}
             flats[region.holder] = flat, _before_exponentials(flat), frozenset(statistics)
+    kernels: set[Path] = set()
     for path, op in ir.walk(captured.graph):
+        if op.equation is None or any((*path[:i], (path[i][0], -1)) in kernels for i in range(len(path) - 1)):
+            kernels.add(path)
         region = next((region for region in regions if region.holds(path)), None)
         if region is not None and (reason := _refusal(op, path, *flats[region.holder])) is not None:
             found[path] = reason
-    return found
+    reason = "a kernel's backward pass reads what it keeps exactly; use save"
+    return {**found, **dict.fromkeys(kernels, reason)}
 
 
 def _refusal(
     op: Op, path: Path, flat: Flat, before_exponentials: frozenset[Value], statistics: frozenset[Value]
 ) -> str | None:
-    if op.equation is None:
-        return "a kernel's backward pass reads the result exactly; use save"
     if path not in flat.results:
         return "it is in a loop within its layer"
     (value,) = flat.results[path] if len(op.outputs) == 1 else (None,)

@@ -253,22 +253,33 @@ class Planner:
         """The choice that fits a budget by the prediction; none if even keeping nothing does not.
 
         The program that chooses counts what is kept and the largest layer at work; the prediction counts everything.
-        What it finds too much is taken from what may be kept, until it fits.
+        What it finds too much is taken from what may be kept, until it fits. With int8 it has to be better
+        than the best without.
         """
         if self.without.peak <= budget_bytes:
             return Plan({}, (), priced([g.layers for g in self.groups], self._everything()), self.without)
         if self.least.peak > budget_bytes:
             return None
-        room = float(budget_bytes - self.least.peak + self.nothing.working_bytes)
         best = self.keeping_nothing()
+        layers = [group.layers for group in self.groups]
+        exact = [each.exact() for each in layers]
+        for given in (exact,) if exact == layers else (exact, layers):
+            best = self._best(given, budget_bytes, best)
+        return best
+
+    def _best(self, layers: Sequence[Layers], budget_bytes: int, best: Plan) -> Plan:
+        room = float(budget_bytes - self.least.peak + self.nothing.working_bytes)
         for _ in range(_ROUNDS):
-            choice = choose([group.layers for group in self.groups], room)
+            choice = choose(layers, room)
             if choice is None:
                 break
             marks = self.marks(choice)
             predicted = self._predict(marks)
             over = predicted.peak - budget_bytes
-            if over <= 0 and choice.seconds <= best.choice.seconds:
+            better = choice.seconds < best.choice.seconds or (
+                choice.seconds == best.choice.seconds and not choice.approximates
+            )
+            if over <= 0 and better:
                 best = Plan(marks, self.regions, choice, predicted)
             if -0.02 * budget_bytes < over <= 0 or (over <= 0 and choice.seconds == 0):
                 break

@@ -49,6 +49,12 @@ class Layers:
     items: tuple[Item, ...]
     times: int
 
+    def exact(self) -> "Layers":
+        """The same layers, of which nothing may be kept as int8."""
+        return Layers(
+            tuple(dataclasses.replace(item, coded_bytes=None, coding_seconds=0.0) for item in self.items), self.times
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -69,6 +75,11 @@ class Choice:
     coding_seconds: float
     kept_bytes: int
     working_bytes: int
+
+    @property
+    def approximates(self) -> bool:
+        """Whether anything is kept as int8."""
+        return any(self.coded)
 
 
 def choose(layers: Sequence[Layers], budget_bytes: float, *, limit_seconds: float = 5.0) -> Choice | None:
