@@ -199,15 +199,16 @@ def print_training(path: str | None, steps: int) -> None:
             table.append((f"seed {seed}, {name or 'everything kept'}", *figures, f"{last:.4f}", off, f"{seconds:.3f}"))
     base, *_, int8 = finals.values()
     away = statistics.mean(abs(one - other) for one, other in zip(base, int8, strict=True))
+    footer = (
+        f"int8 ends {away:.4f} from exact, mean over seeds; the seeds' own standard deviation is "
+        f"{statistics.stdev(base):.4f}"
+    )
     reporting.print_table(
         f"{steps} steps on {len(text) / 1e6:.1f} MB of text",
         ("run", *(f"loss {i + 1}" for i in shown), "last ten", "gradient error", "s a step"),
         table,
         basis="measured",
-        footer=[
-            f"int8 ends {away:.4f} from exact, mean over seeds; the seeds' own standard deviation is "
-            f"{statistics.stdev(base):.4f}"
-        ],
+        footer=[footer],
     )
 
 

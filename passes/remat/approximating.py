@@ -1,6 +1,7 @@
 """Values that are kept as int8: which may be, and how much less is kept with them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,8 +96,8 @@ def residual_bytes(program: Program, captured: Captured) -> int:
     trainable, frozen = program.partition()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (trainable, frozen, program.state))
 
-    def residuals(trainable: Mapping[str, object], frozen: Mapping[str, object], state: object, argument: object):
-        def outputs(trainable: Mapping[str, object]) -> list[jax.Array]:
+    def residuals(trainable: Any, frozen: Any, state: Any, argument: Any) -> Any:
+        def outputs(trainable: Any) -> list[jax.Array]:
             found = evaluated(Scoped(captured), {**frozen, **trainable}, state, argument)
             return [x for x in found if jnp.issubdtype(x.dtype, jnp.floating)]
 

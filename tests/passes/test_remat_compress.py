@@ -381,6 +381,7 @@ def test_the_choice_among_three_is_the_best_of_all() -> None:
     assert 0 in coded
 
 
+@pytest.mark.slow  # some twenty integer programs
 def test_a_budget_with_the_permission_takes_less_time() -> None:
     """A wide layer: its products are worth more than the time to encode them."""
 
@@ -388,7 +389,15 @@ def test_a_budget_with_the_permission_takes_less_time() -> None:
         raise NoCompilerError("none for this test")
 
     config = dataclasses.replace(
-        decoder.SIZES["tiny"], scan=True, model_dim=2048, hidden_dim=8192, num_heads=16, head_dim=128, dtype="bfloat16"
+        decoder.SIZES["tiny"],
+        scan=True,
+        num_layers=4,
+        model_dim=2048,
+        hidden_dim=8192,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=128,
+        dtype="bfloat16",
     )
     model = nnx.eval_shape(lambda: decoder.Decoder(config, rngs=nnx.Rngs(0)))
     given = compax.capture(model, jax.ShapeDtypeStruct((16, 256), jnp.int32), loss=loss)
@@ -398,7 +407,7 @@ def test_a_budget_with_the_permission_takes_less_time() -> None:
     )
     room = exact.without.peak - exact.least.peak
     better = []
-    for share in (0.04, 0.06, 0.08, 0.1):
+    for share in (0.04, 0.08):
         budget = round(exact.least.peak + share * room)
         plans = [planner.plan(budget) for planner in (exact, lossy)]
         assert all(plan is not None and plan.predicted.peak <= budget for plan in plans)
