@@ -4,7 +4,7 @@ The forward pass goes on with the value itself, so that what a program computes 
 backward pass are int8 and scales; what reads the value there reads what they decode to, and what it was computed from
 is not computed again for it. So gradients are approximated, and nothing else (Chakrabarti & Moseley, "Backprop with
 Approximate Activations for Memory-efficient Network Training", 2019, arXiv:1901.07988; Chen et al., "ActNN", 2021,
-arXiv:2104.14129; both round differently: per layer, and stochastically).
+arXiv:2104.14129, where rounding is random; here it is to nearest).
 
 Scales are those of the last dimension: one for each 128 values, or for all where 128 does not divide them. So they lie
 on a mesh as the value does. Without `jax.checkpoint` around it the operation does nothing.
