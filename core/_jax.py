@@ -6,6 +6,7 @@ jaxpr is a class of its own, how `scan` counts its operands.
 
 import contextlib
 import dataclasses
+import functools
 import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import jax.export
 from jax._src import core as _core
 from jax._src import distributed as _distributed
 from jax._src import source_info_util as _source_info
+from jax._src.interpreters import partial_eval as _partial_eval
 from jax.extend import core as _extend
 
 AbstractValue = Any
@@ -117,7 +119,11 @@ def scan_counts(attributes: dict[str, Any]) -> tuple[int, int]:
 
 def varying_axes(x: Array) -> frozenset[str]:
     """The manual mesh axes over which an array varies inside `shard_map`."""
-    manual = getattr(jax.typeof(x), "manual_axis_type", None)
+    return _varying(jax.typeof(x))
+
+
+def _varying(aval: AbstractValue) -> frozenset[str]:
+    manual = getattr(aval, "manual_axis_type", None)
     return frozenset(manual.varying) if manual is not None else frozenset()
 
 
@@ -247,3 +253,48 @@ def coordination_client() -> Any:
     """The client of the coordination service of `jax.distributed`, once that is initialized."""
     assert _distributed.global_state.client is not None
     return _distributed.global_state.client
+
+
+def keep_encoded(primitive: Any, encode: Callable[..., Any], decode: Callable[..., Any]) -> None:
+    """Has `jax.checkpoint` keep what `encode` makes of a value, where its policy says that the value is kept.
+
+    The forward pass goes on with the value itself; the backward pass gets what `decode` makes of the parts.
+
+    Args:
+        primitive: one that returns its only operand.
+        encode: under `jax.jit`, from a value to the same value and the parts.
+        decode: under `jax.jit`, from a shape and a dtype (static), and the parts, to a value.
+    """
+
+    def rule(saveable: Callable[..., Any], unknown: Any, instantiated: Any, equation: Equation) -> Any:
+        (x,), (y,) = equation.invars, equation.outvars
+        missing = [] if instantiated[0] else [x]
+        if unknown[0]:
+            return None, equation, [True], [True], missing
+        case = _partial_eval.ensure_enum(saveable(equation.primitive, x.aval, **equation.params))
+        if not isinstance(case, _partial_eval.SaveableType):
+            return equation, equation, [False], [True], missing
+        with equation.ctx.manager:
+            encoding = _single(encode, [x.aval])
+            parts = [_core.Var(part.aval) for part in encoding.outvars[1:]]
+            decoding = _single(functools.partial(decode, y.aval.shape, y.aval.dtype), [part.aval for part in parts])
+        encoding = encoding.replace(invars=[x], outvars=[y, *parts], source_info=equation.source_info)
+        decoding = decoding.replace(invars=parts, outvars=[y], source_info=equation.source_info)
+        return encoding, decoding, [False], [True], parts
+
+    _partial_eval.partial_eval_jaxpr_custom_rules[primitive] = rule
+
+
+def _single(function: Callable[..., Any], avals: Sequence[AbstractValue]) -> Equation:
+    """The one equation that a function under `jax.jit` is, at abstract values."""
+
+    def varying(*args: Array) -> Any:
+        return function(*(vary(x, _varying(aval)) for x, aval in zip(args, avals, strict=True)))
+
+    structs = [
+        jax.ShapeDtypeStruct(
+            aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=aval.sharding if is_explicit_type(aval) else None
+        )
+        for aval in avals
+    ]
+    return jax.make_jaxpr(varying)(*structs).jaxpr.eqns[-1]

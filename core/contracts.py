@@ -274,3 +274,30 @@ class Lossy(Contract):
             what, error = "share of different values", float(np.mean(before != after)) if before.size else 0.0
         if not error <= self.bound:
             raise ContractError(f"'{name}' has a {what} of {error:.3g}; the contract allows {self.bound:.3g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ApproximateGradients(Exact):
+    """The same bits of what a program returns, as `Exact`; its gradients, all as one vector, within a relative error.
+
+    Attributes:
+        bound: the norm of the difference over the norm before.
+    """
+
+    bound: float
+
+    def check_gradients(self, before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+        """Compares two gradients.
+
+        Returns:
+            What was measured, by name.
+
+        Raises:
+            ContractError: the error is larger than allowed, or there is a NaN where there was none.
+        """
+        if (_nan(after) & ~_nan(before)).any():
+            raise ContractError("gradients have NaN where there was none")
+        error = relative_output_error(before, after)
+        if not error <= self.bound:
+            raise ContractError(f"gradients have a relative error of {error:.3g}; the contract allows {self.bound:.3g}")
+        return {"relative gradient error": error, "cosine distance of gradients": cosine_distance(before, after)}

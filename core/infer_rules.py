@@ -102,7 +102,7 @@ _ELEMENTWISE = """
     tan tanh
 """
 _LAYOUT = """
-    all_gather all_gather_invariant all_to_all broadcast_in_dim concatenate constrain copy copy_p dynamic_slice
+    all_gather all_gather_invariant all_to_all broadcast_in_dim concatenate compress constrain copy copy_p dynamic_slice
     dynamic_update_slice gather mesh_cast name pad pbroadcast pcast ppermute pvary reshape reshard rev
     sharding_constraint slice split squeeze stack tile transpose unstack
 """

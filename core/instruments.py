@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from compax.contracts import Observation
+from compax.contracts import ApproximateGradients, Observation
 from compax.errors import ContractError
 from compax.program import Program
 from compax.program_text import program_text
@@ -188,7 +189,11 @@ class Numerics(Instrument):
         before = self._seen[2]
         program = with_equal_draws(step.pass_, step.before, step.program)
         after = self._observe(step.pass_, program, self._inputs)
-        metrics: dict[str, Any] = dict(step.pass_.promise().check(before, after))
+        contract = step.pass_.promise()
+        metrics: dict[str, Any] = dict(contract.check(before, after))
+        if isinstance(contract, ApproximateGradients):
+            gradients = [gradient_of(each, self._inputs) for each in (step.before, program)]
+            metrics |= contract.check_gradients(*gradients)
         if before.loss is not None and after.loss is not None:
             metrics["loss"] = (before.loss, after.loss)
         return Measured(metrics)
@@ -235,6 +240,40 @@ def observe(program: Program, inputs: Inputs, *, compiled: bool) -> Observation:
         inputs: arrays, objects (copied first) and static values.
         compiled: under `jax.jit`, or operation by operation.
     """
+    call, given = _call(program, inputs)
+    function = jax.jit(call) if compiled else call
+    return Observation.of(function(program.params, program.state, *given), compiled=compiled)
+
+
+def gradient_of(program: Program, inputs: Inputs) -> np.ndarray:
+    """The gradient, for all that a program trains, as one vector: of its loss, or of a fixed sum of its outputs.
+
+    Args:
+        program: the program; its own parameters and state are used and stay as they are.
+        inputs: as for `observe`.
+    """
+    call, given = _call(program, inputs)
+    trainable, frozen = program.partition()
+
+    def objective(trainable: Mapping[str, Any]) -> jax.Array:
+        found = call({**frozen, **trainable}, program.state, *given)
+        results = [x for name, x in found.items() if name.startswith("output") and _floating(x)]
+        return sum((jnp.vdot(x.astype(jnp.float32), _direction(x.shape)) for x in results), jnp.zeros(()))
+
+    leaves = [np.asarray(x) for x in jax.tree.leaves(jax.jit(jax.grad(objective))(trainable)) if _floating(x)]
+    return np.concatenate([np.zeros(0), *(leaf.astype(np.float64).ravel() for leaf in leaves)])
+
+
+def _floating(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _direction(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32) if shape else np.ones((), np.float32)
+
+
+def _call(program: Program, inputs: Inputs) -> tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]:
+    """A call of a program as a function of parameters, state and what else it is given, and the latter."""
     entry = program.entry(inputs.entry)
     names = entry.source.arguments
     fixed = {*entry.constant, *entry.static}
@@ -257,8 +296,7 @@ def observe(program: Program, inputs: Inputs, *, compiled: bool) -> Observation:
         held = {join(path): unwrap(variable) for path, variable in nnx.to_flat_state(nnx.state(copies))}
         return dict(_named(output=output, state=after, argument=held, aux=aux))
 
-    function = jax.jit(call) if compiled else call
-    return Observation.of(function(program.params, program.state, arrays, variables), compiled=compiled)
+    return call, (arrays, variables)
 
 
 def _is_object(x: Any) -> bool:

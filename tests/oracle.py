@@ -17,7 +17,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import compax
 from compax import Program
-from compax.contracts import METRICS, Contract, Lossy, Tolerance, largest_relative_error, rounding_tolerance
+from compax.contracts import (
+    METRICS,
+    ApproximateGradients,
+    Contract,
+    Lossy,
+    Tolerance,
+    largest_relative_error,
+    rounding_tolerance,
+)
 from compax.instruments import observe
 from compax.transform import Inputs, Pass
 from compax.verify import verify
@@ -151,6 +159,8 @@ def _limit(contract: Contract, dtypes: list[Any]) -> tuple[str, float]:
     """The metric that a contract is stated in, and its bound; for the same bits, what the compiler may change."""
     if isinstance(contract, Lossy):
         return contract.metric, contract.bound
+    if isinstance(contract, ApproximateGradients):
+        return "relative output error", contract.bound
     freedom = max(map(rounding_tolerance, dtypes))
     return "largest relative error", max(contract.rtol, freedom) if isinstance(contract, Tolerance) else freedom
 

@@ -393,9 +393,9 @@ MOVES = named(
 """Operations that move data and compute nothing."""
 
 NAMING = named(
-    "name optimization_barrier sharding_constraint constrain reshard mesh_cast pvary pcast stop_gradient device_put "
-    "random_wrap random_unwrap random_clone layout_constraint with_memory_space_constraint reduced_vary_cast "
-    "reduced_vary_cast_p vary_unreduced_cast_p core_pvary pin unpin from_edtype to_edtype multiple_of"
+    "name compress optimization_barrier sharding_constraint constrain reshard mesh_cast pvary pcast stop_gradient "
+    "device_put random_wrap random_unwrap random_clone layout_constraint with_memory_space_constraint "
+    "reduced_vary_cast reduced_vary_cast_p vary_unreduced_cast_p core_pvary pin unpin from_edtype to_edtype multiple_of"
 )
 """Operations that hand their operands on and neither compute nor move anything by themselves."""
 

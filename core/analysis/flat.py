@@ -14,7 +14,7 @@ from compax.ir import Graph, Literal, Op, Path, Value
 
 RENAMING = frozenset(
     {"reshape", "squeeze", "expand_dims", "stop_gradient", "copy", "copy_p", "optimization_barrier", "name", "pvary"}
-    | {"pcast", "sharding_constraint", "constrain", "reshard"}
+    | {"pcast", "sharding_constraint", "constrain", "compress", "reshard"}
 )
 """Operations whose result is their operand under another name."""
 
@@ -30,12 +30,14 @@ class Flat:
 
     Attributes:
         nodes: the operations.
+        results: for each operation, calls and renamings among them, what its results are; none for constants.
         outputs: what is returned; none for constants.
     """
 
     def __init__(self, graph: Graph, *, merge: bool = False, prefix: Path = (), narrowed: Collection[Value] = ()):
         self._narrowed = frozenset(narrowed)
         self.nodes: list[Node] = []
+        self.results: dict[Path, list[Value | None]] = {}
         self._filled: dict[Value, Any] = {}
         self._merged: dict[object, list[Value]] | None = {} if merge else None
         env: dict[Value, Value | None] = {value: value for value in graph.inputs}
@@ -62,6 +64,7 @@ class Flat:
                 env.update(dict.fromkeys(op.outputs, given[0]))
             else:
                 env.update(zip(op.outputs, self._define(op, path, given), strict=True))
+            self.results[path] = [env[y] for y in op.outputs]
         return [read(x) for x in graph.outputs]
 
     def _unchanged(self, op: Op, given: Sequence[Value | None]) -> int | None:

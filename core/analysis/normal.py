@@ -193,8 +193,8 @@ CALLS = frozenset(
 )
 """Operations that evaluate a body once."""
 _COPIES = frozenset(
-    {"copy", "copy_p", "stop_gradient", "name", "sharding_constraint", "constrain", "reshard", "pvary", "pcast"}
-    | {"reduce_precision"}
+    {"copy", "copy_p", "stop_gradient", "name", "compress", "sharding_constraint", "constrain", "reshard"}
+    | {"pvary", "pcast", "reduce_precision"}
 )
 _RANDOM = frozenset({"random_bits", "rng_uniform", "rng_bit_generator", "threefry2x32"})
 

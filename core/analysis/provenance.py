@@ -91,6 +91,7 @@ _SAME = frozenset(
         "sharding_constraint",
         "constrain",
         "name",
+        "compress",
         "reshard",
         "optimization_barrier",
         "stop_gradient",

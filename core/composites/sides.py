@@ -22,7 +22,7 @@ CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 CONSTRAINTS = frozenset({"constrain", "sharding_constraint"})
 """Operations that say how their operand lies on a mesh."""
 
-COPIES = CONSTRAINTS | {"copy", "copy_p", "name", "optimization_barrier", "reduce_precision"}
+COPIES = CONSTRAINTS | {"copy", "copy_p", "name", "compress", "optimization_barrier", "reduce_precision"}
 """Operations that hand their operand on."""
 
 _LARGEST = 1 << 22

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from compax import ir, lowering
 from compax.capture import Captured
 from compax.composites.streams import Residual, on_the_way
+from compax.compression import COMPRESS, compressed, is_compress
 from compax.ir import Graph, Op, Operand, Path, Value
 from compax.meaning import Meaning
 from compax.raising import Site, common_prefix
@@ -28,7 +29,8 @@ KERNEL_RESIDUALS = ("compax.attention.out", "compax.attention.lse")
 REMATERIALIZED = frozenset({"remat", "remat2", "checkpoint"})
 _LOOPS = frozenset({"scan"})
 
-Mark = Literal["save", "offload"]
+Mark = Literal["save", "offload", "compress"]
+"""Kept on the device, in host memory, or on the device as int8."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +172,8 @@ def checkpointed(
     Args:
         captured: the graph; its regions have no rematerialization of their own.
         regions: which to compute again.
-        marks: operations whose results are kept all the same, on the device or in host memory.
-        policy: of `jax.checkpoint`, such as one of `jax.checkpoint_policies`, instead of marks.
+        marks: operations whose results are kept all the same.
+        policy: of `jax.checkpoint`, such as one of `jax.checkpoint_policies`, for what has no mark.
     """
     return _evaluated(captured, _Checkpointing(captured, regions, marks, policy)) if regions else captured
 
@@ -231,7 +233,7 @@ def _evaluated(captured: Captured, evaluator: "_Checkpointing") -> Captured:
 
 
 def _is_mark(op: Op) -> bool:
-    return op.name == "name" and op.attributes["name"] in (SAVE, OFFLOAD)
+    return op.name == COMPRESS or (op.name == "name" and op.attributes["name"] in (SAVE, OFFLOAD))
 
 
 def _around(graph: Graph, path: Path, region: Region) -> bool:
@@ -270,7 +272,7 @@ class _Checkpointing(lowering.Evaluator):
         self._inside = 0
         offloaded = "offload" in marks.values()
         policies = jax.checkpoint_policies
-        self._policy: Callable[..., Any] = policy or (
+        by_name = policy or (
             policies.save_and_offload_only_these_names(
                 names_which_can_be_saved=saved,
                 names_which_can_be_offloaded=[OFFLOAD],
@@ -281,11 +283,18 @@ class _Checkpointing(lowering.Evaluator):
             else policies.save_only_these_names(*saved)
         )
 
+        def keeps(primitive: Any, *types: Any, **attributes: Any) -> Any:
+            return is_compress(primitive) or by_name(primitive, *types, **attributes)
+
+        self._policy: Callable[..., Any] = keeps if "compress" in marks.values() else by_name
+
     def apply(self, op: Op, operands: list[Any]) -> list[Any]:
         outputs = super().apply(op, operands)
         mark = self._marks.get(id(op)) if self._inside else None
         if mark is None:
             return outputs
+        if mark == "compress":
+            return list(map(compressed, outputs))
         return [checkpoint_name(y, SAVE if mark == "save" else OFFLOAD) for y in outputs]
 
     def run(self, graph: Graph, inputs: Sequence[Any]) -> list[Any]:

@@ -20,6 +20,8 @@ from compax.composites.sides import Narrow, Spread
 from compax.ir import Graph, Literal, Op, Operand, Value
 from compax.rewrites.splice import emit, splice, with_body
 
+_HANDED_ON = ("convert_element_type", "copy", "name", "compress")
+
 CHAIN = "logits_chain"
 """An operation inside the body: what is done to logits element by element, from them and what joins them, whole."""
 
@@ -53,7 +55,7 @@ def token_shape(found: CrossEntropy) -> tuple[int, ...]:
     tokens = tuple(size for d, size in enumerate(head.outputs[0].shape) if d != found.dim)
     producers = found.graph.producers()
     x = head.inputs[side]
-    while isinstance(x, Value) and x in producers and producers[x].name in ("convert_element_type", "copy", "name"):
+    while isinstance(x, Value) and x in producers and producers[x].name in _HANDED_ON:
         x = producers[x].inputs[0]
     op = producers.get(x) if isinstance(x, Value) else None
     if len(tokens) == 1 and op is not None and op.name == "reshape" and len(op.outputs[0].shape) == 2:

@@ -16,6 +16,7 @@ from compax.analysis.tracing import Traced
 from compax.analysis.training import train_step
 from compax.capture import Captured
 from compax.ir import Path, Value
+from compax.passes.remat.approximating import code_bytes, refusals
 from compax.passes.remat.solving import Choice, Item, Layers, choose, priced
 from compax.program import Program
 from compax.rewrites.checkpoint import Mark, Region, checkpointed, graph_at
@@ -95,8 +96,19 @@ class Group:
     paths: tuple[tuple[Path, ...], ...]
 
 
-def groups(captured: Captured, regions: Sequence[Region], needed: Mapping[Path, bool], target: Target) -> list[Group]:
-    """Layers by kind, many equal ones in several groups so that some may keep more than others."""
+def groups(
+    captured: Captured, regions: Sequence[Region], needed: Mapping[Path, bool], target: Target, *, lossy: bool = False
+) -> list[Group]:
+    """Layers by kind, many equal ones in several groups so that some may keep more than others.
+
+    Args:
+        captured: the graph.
+        regions: its layers.
+        needed: `needed_paths` of its train step.
+        target: the chip.
+        lossy: whether values may be kept as int8.
+    """
+    refused = refusals(captured, regions) if lossy else None
     backend = BACKENDS[target.chip.platform]
     by_holder: dict[Path, Buffers] = {}
     described: dict[Any, list[tuple[Region, list[Node], list[Item]]]] = {}
@@ -107,7 +119,7 @@ def groups(captured: Captured, regions: Sequence[Region], needed: Mapping[Path, 
             by_holder[region.holder] = Buffers(graph, plain, prefix=region.holder)
         held = by_holder[region.holder]
         nodes = [node for node in held.nodes if region.holds(node.path)]
-        items = _items(nodes, held, needed, target, backend)
+        items = _items(nodes, held, needed, target, backend, refused)
         described.setdefault((region.times, tuple(items)), []).append((region, nodes, items))
     found: list[Group] = []
     for (times, _), equal in described.items():
@@ -121,7 +133,12 @@ def groups(captured: Captured, regions: Sequence[Region], needed: Mapping[Path, 
 
 
 def _items(
-    nodes: Sequence[Node], held: Buffers, needed: Mapping[Path, bool], target: Target, backend: Backend
+    nodes: Sequence[Node],
+    held: Buffers,
+    needed: Mapping[Path, bool],
+    target: Target,
+    backend: Backend,
+    refused: Mapping[Path, str] | None,
 ) -> list[Item]:
     producer = {y: i for i, node in enumerate(nodes) for y in node.outputs}
     own = {i for i, node in enumerate(nodes) if needed.get(node.path, False)}
@@ -134,16 +151,21 @@ def _items(
         kept = sum(map(held.full_bytes, node.outputs))
         stored = any(held.keeps(y) for y in node.outputs)
         narrow = backend.narrow_products and all(held.feeds_products(y) for y in node.outputs)
-        items.append(
-            Item(
-                sources=sources,
-                needed=i in own,
-                keepable=bool(sources) or not library.fusible(node.op),
-                seconds=_seconds(node, target),
-                kept_bytes=kept // 2 if narrow else kept,
-                working_bytes=kept if stored else 0,
-            )
+        item = Item(
+            sources=sources,
+            needed=i in own,
+            keepable=bool(sources) or not library.fusible(node.op),
+            seconds=_seconds(node, target),
+            kept_bytes=kept // 2 if narrow else kept,
+            working_bytes=kept if stored else 0,
         )
+        if refused is not None and item.keepable and node.path not in refused:
+            code = code_bytes(node.outputs[0], held)
+            moved = size_bytes(node.outputs[0]) + 2 * code
+            coding_seconds = moved / target.device_memory_bandwidth
+            if code < item.kept_bytes:
+                item = dataclasses.replace(item, coded_bytes=code, coding_seconds=coding_seconds)
+        items.append(item)
     return items
 
 
@@ -192,14 +214,23 @@ class Planner:
         least: what it needs where nothing is kept.
     """
 
-    def __init__(self, program: Program, captured: Captured, regions: Sequence[Region], target: Target, slots: int):
+    def __init__(
+        self,
+        program: Program,
+        captured: Captured,
+        regions: Sequence[Region],
+        target: Target,
+        slots: int,
+        *,
+        lossy: bool = False,
+    ):
         self.captured = captured
         self.regions = tuple(regions)
         self.target = target
         self.step = train_step(program, captured, slots)
         before = self.step.traced(captured)
         self.without = self._liveness(before)
-        self.groups = groups(captured, regions, needed_paths(before), target)
+        self.groups = groups(captured, regions, needed_paths(before), target, lossy=lossy)
         self.nothing = priced([group.layers for group in self.groups], [frozenset[int]() for _ in self.groups])
         self.least = self._predict({})
 
@@ -222,34 +253,47 @@ class Planner:
         """The choice that fits a budget by the prediction; none if even keeping nothing does not.
 
         The program that chooses counts what is kept and the largest layer at work; the prediction counts everything.
-        What it finds too much is taken from what may be kept, until it fits.
+        What it finds too much is taken from what may be kept, until it fits. With int8 it has to be better
+        than the best without.
         """
         if self.without.peak <= budget_bytes:
             return Plan({}, (), priced([g.layers for g in self.groups], self._everything()), self.without)
         if self.least.peak > budget_bytes:
             return None
-        room = float(budget_bytes - self.least.peak + self.nothing.working_bytes)
         best = self.keeping_nothing()
+        layers = [group.layers for group in self.groups]
+        exact = [each.exact() for each in layers]
+        for given in (exact,) if exact == layers else (exact, layers):
+            best = self._best(given, budget_bytes, best)
+        return best
+
+    def _best(self, layers: Sequence[Layers], budget_bytes: int, best: Plan) -> Plan:
+        room = float(budget_bytes - self.least.peak + self.nothing.working_bytes)
         for _ in range(_ROUNDS):
-            choice = choose([group.layers for group in self.groups], room)
+            choice = choose(layers, room)
             if choice is None:
                 break
             marks = self.marks(choice)
             predicted = self._predict(marks)
             over = predicted.peak - budget_bytes
-            if over <= 0 and choice.seconds <= best.choice.seconds:
+            better = choice.seconds < best.choice.seconds or (
+                choice.seconds == best.choice.seconds and not choice.approximates
+            )
+            if over <= 0 and better:
                 best = Plan(marks, self.regions, choice, predicted)
             if -0.02 * budget_bytes < over <= 0 or (over <= 0 and choice.seconds == 0):
                 break
-            room -= over if over > 0 else 0.8 * over
+            # What is too much is taken from what was used, not from the room: the choice may have left some of it.
+            room = choice.kept_bytes + choice.working_bytes - over if over > 0 else room - 0.8 * over
         return best
 
     def marks(self, choice: Choice) -> dict[Path, Mark]:
         """The operations that a choice keeps."""
         found: dict[Path, Mark] = {}
-        for group, kept in zip(self.groups, choice.kept, strict=True):
+        for group, kept, coded in zip(self.groups, choice.kept, choice.coded, strict=True):
             for paths in group.paths:
                 found.update((paths[i], "save") for i in kept)
+                found.update((paths[i], "compress") for i in coded)
         return found
 
     def _everything(self) -> list[frozenset[int]]:

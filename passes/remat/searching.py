@@ -87,7 +87,8 @@ def _predicted(planner: Planner, budget: int, meaning: Meaning, missing: str) ->
 def told(found: Found, planner: Planner, budget: int) -> str:
     """What was found, in a line."""
     plan = found.plan
-    share = plan.choice.seconds / planner.nothing.seconds if planner.nothing.seconds else 0.0
+    again = plan.choice.seconds - plan.choice.coding_seconds
+    share = again / planner.nothing.seconds if planner.nothing.seconds else 0.0
     text = (
         f"peak {bytes_text(planner.without.peak)} -> {bytes_text(plan.predicted.peak)} predicted, "
         f"{share_text(min(share, 1.0)) if plan.regions else 'nothing'} of the layers computed again"
