@@ -218,7 +218,8 @@ class _Watch(threading.Thread):
             f"compax: {self._processes.name(self._processes.index)}: {reason[:300]}; is another process gone? Waiting "
             f"up to {self._processes.silence_seconds:g} s for a word"
         )
-        time.sleep(self._processes.silence_seconds + 4 * self._period)
+        # The first one waits as long to be sure, and then until all have heard of it.
+        time.sleep(self._processes.silence_seconds + 10 * self._period)
 
     def fail(self, message: str) -> None:
         """Tells the others that this process ends with an error."""

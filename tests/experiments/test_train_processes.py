@@ -16,6 +16,9 @@ import pytest
 from compax.experiments import checkpoint
 from compax.tpu import distributed
 
+# Devices share few cores: one may come late to a collective.
+XLA_FLAGS = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+
 WORKER = """
 import functools, sys
 from compax.experiments import cli
@@ -34,6 +37,8 @@ def started(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(Path(config).with_name("jax")), "XLA_FLAGS": XLA_FLAGS}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-c", WORKER, "train", f"--config={config}", f"--config.directory={directory}", *overrides]
     command += ["--distributed", f"--coordinator=127.0.0.1:{port}", f"--processes={count}"]
     processes = [
@@ -134,11 +139,11 @@ def test_a_run_goes_on_in_any_number_of_processes(experiment, tmp_path: Path):
 @pytest.mark.slow  # waits for a process that is gone
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_killed_process_ends_all_and_a_restart_gives_the_same_bits(experiment, tmp_path: Path, index: int):
-    config = experiment(steps=30, pipeline="shard(fsdp=-1)", checkpoint__every=3, model__overrides__dropout=0.1)
+    config = experiment(steps=12, pipeline="shard(fsdp=-1)", checkpoint__every=4, model__overrides__dropout=0.1)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finished(2, config, whole, devices=1)
     with started(2, config, broken, devices=1) as processes:
-        wait_for_step(processes, broken, 8)
+        wait_for_step(processes, broken, 6)
         processes[index].kill()
         began = time.monotonic()
         found = ended(processes)
