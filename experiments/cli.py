@@ -134,7 +134,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     train.add_argument("--config", metavar="FILE", required=True, help=_CONFIG_HELP)
 
     train.add_argument("--distributed", action="store_true", help="one process a host, found by the cluster's own word")
-    train.add_argument("--coordinator", metavar="ADDRESS:PORT", default="", help="where process 0 is, if no cluster says so")
+    train.add_argument(
+        "--coordinator", metavar="ADDRESS:PORT", default="", help="where process 0 is, if no cluster says so"
+    )
     train.add_argument("--processes", metavar="N", type=int, help="how many there are")
     train.add_argument("--process", metavar="I", type=int, help="which of them this is, from 0")
 

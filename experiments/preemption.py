@@ -68,9 +68,9 @@ class Preemption:
 class SharedPreemption(Preemption):
     """The same for several processes: a signal to any of them stops all after the same step.
 
-    SIGTERM belongs to JAX's preemption service from `jax.distributed.initialize` on, so that one that comes before
-    the first step counts after it. Ctrl-C is handed to that service while the loop runs. Before and after, a signal ends
-    this process, and with it the others.
+    SIGTERM belongs to JAX's preemption service from `jax.distributed.initialize` on: one that comes before the first
+    step counts after it. Ctrl-C is handed to that service while the loop runs. What comes otherwise ends this process,
+    and with it the others.
     """
 
     def __enter__(self) -> SharedPreemption:

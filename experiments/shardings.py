@@ -120,10 +120,9 @@ def placement_specs(placed: Placement) -> StepSpecs:
 
 
 def over_all_devices(config: Config, program: compax.Program) -> Placement:
-    """Where a program's arrays lie over the devices of all processes.
+    """Where a program's arrays lie over the devices of all processes, as in `compax plan`.
 
-    That is what the pass `shard` says; without it, what the config's `sharding` says, over `plan.mesh` or one axis
-    `data`.
+    The mesh is that of the pass `shard`; without it, `plan.mesh`, or one axis `data`.
 
     Raises:
         CompaxError: the mesh is not of as many devices, or a rule does not fit.
@@ -131,14 +130,16 @@ def over_all_devices(config: Config, program: compax.Program) -> Placement:
     placed = program.placement
     if placed.mesh is None:
         axes = parse_mesh(config.plan.mesh or "data=-1", jax.device_count())
-        specs = step_specs(config, program, axes)
-        placed = placed.replace(
-            mesh=AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes)),
-            specs=specs.params,
-            gradients=specs.gradients,
-            optimizer=specs.optimizer,
-            batch=specs.batch,
-        )
+    else:
+        axes = dict(placed.mesh.shape)
+    specs = step_specs(config, program, axes)
+    placed = placed.replace(
+        mesh=AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes)),
+        specs=specs.params,
+        gradients=specs.gradients,
+        optimizer=specs.optimizer,
+        batch=specs.batch,
+    )
     return placed.over(placed.mesh_over())
 
 
@@ -165,7 +166,8 @@ class Feed:
         """
         assert isinstance(placed.mesh, Mesh)
         sharding = NamedSharding(placed.mesh, batch_spec(placed.batch, dict(placed.mesh.shape), shape[1]))
-        parts = {index[1].indices(shape[1]) for index in sharding.addressable_devices_indices_map(shape).values()}
+        indices = sharding.addressable_devices_indices_map(shape).values()
+        parts = {index[1].indices(shape[1]) for index in indices if index is not None}
         return cls(shape, sharding, tuple(row for part in sorted(parts) for row in range(*part)))
 
     @property
@@ -181,7 +183,7 @@ class Feed:
         """
         own = tokens.reshape(self.shape[0], len(self.rows), self.shape[2])
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[1].indices(self.shape[1])
             first = self.rows.index(start)
             return own[:, first : first + stop - start]

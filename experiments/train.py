@@ -53,9 +53,7 @@ class Trained:
     evaluation: Evaluation
 
 
-def train(
-    config: Config, console: Console, preemption: Preemption, processes: Processes | None = None
-) -> Trained:
+def train(config: Config, console: Console, preemption: Preemption, processes: Processes | None = None) -> Trained:
     """Trains, or goes on training, until `config.steps`.
 
     Args:

@@ -56,7 +56,8 @@ def parse_mesh(text: str, target: Target | int) -> dict[str, int]:
     elif open_axes or known != devices:
         there = f"and there are {devices}" if isinstance(target, int) else f"{target} has {devices}"
         raise ShardingError(
-            f"mesh '{text}' is of {known}{' times what is left of' if open_axes else ''} devices, {there}: make the sizes multiply to {devices}, or give one axis as -1"
+            f"mesh '{text}' is of {known}{' times what is left of' if open_axes else ''} devices, {there}: make the "
+            f"sizes multiply to {devices}, or give one axis as -1"
         )
     return axes
 

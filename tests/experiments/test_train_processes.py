@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 
 from compax.experiments import checkpoint
+from compax.experiments.console import Console
+from compax.experiments.preemption import Preemption
+from compax.experiments.train import train
 from compax.tpu import distributed
 
 # Devices share few cores: one may come late to a collective.
@@ -39,7 +42,15 @@ def started(
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(Path(config).with_name("jax")), "XLA_FLAGS": XLA_FLAGS}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = [sys.executable, "-c", WORKER, "train", f"--config={config}", f"--config.directory={directory}", *overrides]
+    command = [
+        sys.executable,
+        "-c",
+        WORKER,
+        "train",
+        f"--config={config}",
+        f"--config.directory={directory}",
+        *overrides,
+    ]
     command += ["--distributed", f"--coordinator=127.0.0.1:{port}", f"--processes={count}"]
     processes = [
         subprocess.Popen([*command, f"--process={index}"], env=environment, cwd=folders[index] if folders else None,
@@ -83,12 +94,16 @@ def losses(directory: Path) -> np.ndarray:
     return np.array([line["loss"] for line in lines(directory) if "loss" in line])
 
 
-def test_two_processes_train_as_one(experiment, tmp_path: Path):
-    config = experiment(steps=3, evaluation__every=0)
-    finished(1, config, tmp_path / "one", devices=1)
+def test_two_processes_train_as_one(experiment, make, tmp_path: Path):
+    changes = {"steps": 3, "evaluation__every": 0}
+    config = experiment(**changes)
+    with Preemption() as preemption:
+        train(make(directory=tmp_path / "one", **changes), Console(quiet=True), preemption)
     first, second = finished(2, config, tmp_path / "two", devices=1)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
-    np.testing.assert_allclose(lines(tmp_path / "two")[-1]["eval_loss"], lines(tmp_path / "one")[-1]["eval_loss"], rtol=1e-5)
+    np.testing.assert_allclose(
+        lines(tmp_path / "two")[-1]["eval_loss"], lines(tmp_path / "one")[-1]["eval_loss"], rtol=1e-5
+    )
     assert "data=2; 2 processes" in first
     assert [line for line in second.splitlines() if line and "[Gloo]" not in line] == []
 
@@ -107,7 +122,9 @@ def test_two_processes_train_as_one(experiment, tmp_path: Path):
     ],
     ids=["fsdp", "rows-shared", "encoded-and-finish"],
 )  # fmt: skip
-def test_losses_are_those_of_one_process_and_of_one_device(experiment, tmp_path: Path, pipeline, count, devices, overrides):
+def test_losses_are_those_of_one_process_and_of_one_device(
+    experiment, tmp_path: Path, pipeline, count, devices, overrides
+):
     config = experiment(steps=20, data__batch_size=8, pipeline=pipeline)
     first, *others = finished(count, config, tmp_path / "several", *overrides, devices=devices)
     finished(1, config, tmp_path / "mesh", *overrides, devices=count * devices)
@@ -124,9 +141,12 @@ def test_a_run_goes_on_in_any_number_of_processes(experiment, tmp_path: Path):
     config = experiment(steps=12, data__batch_size=8, pipeline="shard(fsdp=-1)", checkpoint__every=0)
     finished(1, config, tmp_path / "whole", devices=1)
     moved = tmp_path / "moved"
-    for step, count in enumerate((4, 2, 4, 1), start=1):
+    for count in (4, 2, 4, 1):
+        (moved / "tokenizer.json").unlink(missing_ok=True)
         with started(count, config, moved) as processes:
-            wait_for_step(processes, moved, 2 * step)
+            while processes[0].poll() is None and not (moved / "tokenizer.json").exists():
+                time.sleep(0.01)
+            # All have joined, and are about to compile: the signal is heard of before many steps are done.
             processes[-1].send_signal(signal.SIGTERM)
             found = ended(processes)
         assert [code for code, _ in found] == [0] * count, found
