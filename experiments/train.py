@@ -178,7 +178,7 @@ class _Loop:
                 "choose another folder with --config.directory=FOLDER"
             )
         like = checkpoint.shapes(dataclasses.replace(self.state, params=self.params))
-        frozen = self.frozen.keys()
+        frozen = set(self.frozen)
         del self.state, self.frozen  # what was drawn makes room for what is read
         found = self.checkpoints.restore(latest, like)
         trained = {path: value for path, value in found.params.items() if path not in frozen}
@@ -204,14 +204,19 @@ class _Loop:
             report=self.console.say,
             writes=self.processes.first,
         )
+        fails_alone = False
         try:
             self.preemption.ready()
             evaluation = self._steps()
             self.preemption.done()
             return evaluation
+        except BaseException as error:
+            fails_alone = self.processes.count > 1 and not isinstance(error, (Stopped, DivergenceError))
+            raise
         finally:
             self.metrics.close()
-            self.checkpoints.close()
+            if not fails_alone:  # then the others wait for this one, and not the other way round
+                self.checkpoints.close()
 
     def _steps(self) -> Evaluation:
         config, evaluation = self.config, None
