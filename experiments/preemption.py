@@ -49,8 +49,8 @@ class Preemption:
         """From here on the loop looks at `received` after each step."""
         self._ready = True
 
-    def stops(self, step: int) -> signal.Signals | None:
-        """The signal that asked to stop after a step, if one did. To be called once for each step."""
+    def stops(self) -> signal.Signals | None:
+        """The signal that asked to stop after this step, if one did. To be called once for each step."""
         return self.received
 
     def done(self) -> None:
@@ -73,14 +73,21 @@ class SharedPreemption(Preemption):
     and with it the others.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps = 0
+
     def __enter__(self) -> SharedPreemption:
         self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._receive)
         return self
 
-    def stops(self, step: int) -> signal.Signals | None:
+    def stops(self) -> signal.Signals | None:
         from jax.experimental import multihost_utils
 
-        return (self.received or signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else None
+        # Counted from the start of the process: a signal that came before the first step means the number 1.
+        self._steps += 1
+        reached = multihost_utils.reached_preemption_sync_point(self._steps)
+        return (self.received or signal.SIGTERM) if reached else None
 
     def done(self) -> None:
         super().done()

@@ -228,7 +228,7 @@ class _Loop:
                 before, self._pending = self._pending, (self.step, values, batch["sequence"])
                 self._settle(before, clock)
                 clock.mark(self.step)
-                last, stop = self.step == config.steps, self.preemption.stops(self.step)
+                last, stop = self.step == config.steps, self.preemption.stops()
                 if _due(self.step, config.evaluation.every) or last:
                     self._flush(clock)
                     evaluation = self._evaluate()
