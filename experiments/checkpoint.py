@@ -15,6 +15,7 @@ their final name only when they are whole, so that a process may be killed at an
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.metadata
 import json
@@ -27,7 +28,7 @@ from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from compax.errors import CheckpointError, ConfigError
 from compax.experiments import config as configs
@@ -363,15 +364,15 @@ def shapes(tree: Any) -> Any:
 
 def digests(arrays: dict[str, jax.Array]) -> dict[str, list[int]]:
     """Returns two 32-bit checksums of each array's bits, computed where the array is."""
-    meshes = {leaf.sharding.mesh for leaf in arrays.values() if isinstance(leaf.sharding, NamedSharding)}
-    whole = NamedSharding(meshes.pop(), PartitionSpec()) if len(meshes) == 1 else None
-    found = jax.device_get(jax.jit(_digests, out_shardings=whole)(list(arrays.values())))
-    return {name: [int(part) for part in both] for name, both in zip(arrays, found, strict=True)}
+    found = jax.device_get({name: _digester(array.sharding)(array) for name, array in arrays.items()})
+    return {name: [int(part) for part in both] for name, both in found.items()}
 
 
-def _digests(arrays: list[jax.Array]) -> jax.Array:
-    """All of them in one array, uint32[arrays, 2]."""
-    return jnp.stack([_digest(array) for array in arrays])
+@functools.cache
+def _digester(sharding: Sharding) -> Any:
+    # Whole on each device, so that each process reads it.
+    whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    return jax.jit(_digest, out_shardings=whole)
 
 
 def _digest(array: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import compax
-from compax.errors import ConfigError
+from compax.errors import CompaxError, ConfigError
 from compax.experiments import shardings
 from compax.experiments.config import Config, closest
 from compax.instruments import Instrument
@@ -88,19 +88,22 @@ def example_batch(config: Config) -> dict[str, jax.Array]:
 def build_over_devices(config: Config, vocabulary: int) -> compax.Program:
     """Returns the program that a config trains, over the devices of all processes, which call this together.
 
-    1. Where the pipeline leaves all parameters as the model has them, these are drawn right where they lie: no process
-       holds more than its part. The passes then run on shapes, and their outputs are not compared.
+    1. Where the pipeline runs on shapes and leaves all parameters as the model has them, these are drawn right where
+       they lie: no process holds more than its part. What the passes make is then not compared on a sample.
     2. Otherwise each process makes the whole program, and keeps its part.
 
     Raises:
         CompaxError: The model, the pipeline or the shardings are not valid.
     """
-    model = build_model(config, vocabulary, abstract=True)
-    dense = capture(config, model)
-    program = compax.Pipeline.parse(config.pipeline)(dense)
+    dense = capture(config, build_model(config, vocabulary, abstract=True))
+    try:
+        program = compax.Pipeline.parse(config.pipeline)(dense)
+    except CompaxError:  # a pass may ask for values; whatever else is wrong is found again below
+        program = None
+    if program is None or not _untouched(dense, program):
+        program = build_program(config, vocabulary)
+        return program.replace(placement=shardings.over_all_devices(config, program)).place()
     placement = shardings.over_all_devices(config, program)
-    if not _untouched(dense, program):
-        return build_program(config, vocabulary).replace(placement=placement).place()
 
     def draw() -> tuple[dict[str, Any], dict[str, Any]]:
         model = build_model(config, vocabulary)
