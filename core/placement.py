@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from compax.constraint import constrain
@@ -183,14 +185,14 @@ class Placement:
     def place(self, spec: PartitionSpec, memory_kind: str, device: Any = None) -> NamedSharding | SingleDeviceSharding:
         """A sharding over the mesh, or on one device if there is none."""
         if self.mesh is None:
-            return SingleDeviceSharding(device or jax.devices()[0], memory_kind=memory_kind)
+            return SingleDeviceSharding(device or jax.local_devices()[0], memory_kind=memory_kind)
         return NamedSharding(self.mesh, spec, memory_kind=memory_kind)
 
     def check_memory(self, device: Any = None) -> None:
         """Asks a device whether it reaches the memories that are wanted.
 
         Args:
-            device: the device; by default the first of the mesh, or of this process.
+            device: the device; by default this process's first, of the mesh if there is one.
 
         Raises:
             PlacementError: it does not; says what it reaches.
@@ -198,7 +200,7 @@ class Placement:
         if not self.memories:
             return
         if device is None:
-            device = self.mesh.devices.flat[0] if isinstance(self.mesh, Mesh) else jax.devices()[0]
+            device = self.mesh.local_devices[0] if isinstance(self.mesh, Mesh) else jax.local_devices()[0]
         check_memory(device, self.memories)
 
 
@@ -247,6 +249,27 @@ _SPACES: Mapping[str, Any] = {DEVICE: jax.memory.Space.Device, HOST: jax.memory.
 def moved(tree: Any, memory_kind: str) -> Any:
     """Arrays in another memory, sharded as they are: within a computation, under `jax.jit`."""
     return jax.tree.map(lambda x: jax.device_put(x, _SPACES[memory_kind]), tree)
+
+
+def spread(tree: Any, shardings: Any) -> Any:
+    """Arrays laid over devices, which other processes may have too: each of these has the same arrays, whole.
+
+    Args:
+        tree: the arrays.
+        shardings: the same tree with shardings, or a prefix of it.
+    """
+    wanted = jax.tree.leaves(jax.tree.broadcast(shardings, tree))
+    if all(sharding.is_fully_addressable for sharding in wanted):
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(_spread, tree, jax.tree.unflatten(jax.tree.structure(tree), wanted))
+
+
+def _spread(x: Any, sharding: Any) -> jax.Array:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    # A copy in the host's memory is cut there: the device never holds more than its part.
+    whole = x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: whole[index])
 
 
 def placed(tree: Any, memory_kind: str) -> Any:

@@ -27,7 +27,7 @@ from compax.capture import (
 from compax.composites.base import Composite
 from compax.encoding import Encoded
 from compax.errors import CaptureError, DeclarationError, SignatureError, VerificationError
-from compax.placement import DEVICE, Placement
+from compax.placement import DEVICE, Placement, spread
 from compax.sources import Arrays
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Program:
         """
         placement = self.placement.over(self.placement.mesh_over(devices))
         wanted = placement.shardings(self.params), placement.place(PartitionSpec(), DEVICE)
-        params, state = jax.device_put((dict(self.params), dict(self.state)), wanted)
+        params, state = spread((dict(self.params), dict(self.state)), wanted)
         return self.replace(params=params, state=state, placement=placement)
 
     # -- calling ------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ their final name only when they are whole, so that a process may be killed at an
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import importlib.metadata
 import json
@@ -21,35 +23,88 @@ import os
 import pathlib
 import platform
 import sys
+import uuid
 from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from compax.errors import CheckpointError, ConfigError
 from compax.experiments import config as configs
 from compax.experiments.config import Config
+from compax.tpu.distributed import ALONE, Processes
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 COMPRESSED = "compressed"
 _LOCK = ".lock"
+_JOB = ".job"
+_CHECKPOINTS = "checkpoints"
 _FORMAT = 1
 _WORDS = {1: jnp.uint8, 2: jnp.uint16}
 
 
-def open_run(config: Config) -> TextIO:
+class OpenRun(contextlib.AbstractContextManager["OpenRun"]):
+    """A run directory in use: free again when it is closed or the process ends.
+
+    As a context it takes a directory that it made away again, unless the run `begun`.
+    """
+
+    def __init__(self, directory: pathlib.Path, lock: TextIO | None, *, made: bool):
+        self._directory, self._lock, self._made = directory, lock, made
+
+    def begun(self) -> None:
+        """From here on the directory stays."""
+        self._made = False
+
+    def close(self) -> None:
+        """Gives the directory free."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def __exit__(self, *error: object) -> None:
+        if self._made and error[0] is not None:
+            for name in (CONFIG, TOKENIZER, _JOB, _LOCK):
+                (self._directory / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what somebody put there stays
+                for folder in (self._directory / _CHECKPOINTS, self._directory):
+                    if folder.exists():
+                        folder.rmdir()
+        self.close()
+
+
+def open_run(config: Config, processes: Processes = ALONE) -> OpenRun:
     """Makes the run directory of a config, or checks that the one there belongs to it, and locks it.
 
-    Returns:
-        The lock; the directory is free again when it is closed or the process ends.
+    Of several processes the first one does so, and the others check that they see the same directory.
 
     Raises:
-        CheckpointError: The directory holds something else, a run of another config, or is in use.
+        CheckpointError: The directory holds something else, a run of another config, is in use, or is not where all
+            processes see it.
     """
+    directory = configs.run_directory(config)
+    if processes.first:
+        opened = _opened(config)
+        if processes.count > 1:
+            job = str(uuid.uuid4())
+            write_whole(directory / _JOB, job)
+            processes.of_first("run directory", job)
+        return opened
+    job, path = processes.of_first("run directory"), directory / _JOB
+    if not path.is_file() or path.read_text(encoding="utf-8") != job:
+        raise CheckpointError(
+            f"{processes.name(processes.index)} does not see the run directory {directory.absolute()} of "
+            f"{processes.name(0)}: choose a folder that all hosts share, with --config.directory=FOLDER"
+        )
+    return OpenRun(directory, None, made=False)
+
+
+def _opened(config: Config) -> OpenRun:
     directory = configs.run_directory(config)
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"the run directory {directory} is a file: choose another with --config.directory=FOLDER")
+    made = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / CONFIG).exists():
@@ -67,11 +122,11 @@ def open_run(config: Config) -> TextIO:
             "choose another folder with --config.directory=FOLDER, or delete that run"
         )
     write_whole(directory / CONFIG, configs.to_json(config))
-    return lock
+    return OpenRun(directory, lock, made=made)
 
 
 def _refuse_foreign(directory: pathlib.Path) -> None:
-    found = sorted(path.name for path in directory.iterdir() if path.name != _LOCK)
+    found = sorted(path.name for path in directory.iterdir() if path.name not in (_LOCK, _JOB))
     if found:
         shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         raise CheckpointError(
@@ -129,7 +184,8 @@ def versions() -> dict[str, str]:
 class Checkpoints:
     """The checkpoints of a run directory.
 
-    A checkpoint holds arrays by name and a small dict `meta` that JSON can hold.
+    A checkpoint holds arrays by name and a small dict `meta` that JSON can hold. Of several processes all save and
+    restore together; each one writes and reads its part of the arrays.
     """
 
     def __init__(self, directory: pathlib.Path, *, keep: int = 1, read_only: bool = False):
@@ -145,7 +201,7 @@ class Checkpoints:
         """
         import orbax.checkpoint as orbax
 
-        self.directory = (directory / "checkpoints").absolute()
+        self.directory = (directory / _CHECKPOINTS).absolute()
         if self.directory.exists() and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is a file where a folder of checkpoints should be")
         options = orbax.CheckpointManagerOptions(
@@ -297,19 +353,40 @@ def named(tree: Any) -> dict[str, Any]:
     return found
 
 
+def shapes(tree: Any) -> Any:
+    """Returns a pytree of arrays as shapes with shardings, as `Checkpoints.restore` takes it; random keys stay."""
+
+    def of(leaf: Any) -> Any:
+        return leaf if _is_key(leaf) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(of, tree)
+
+
 def digests(arrays: dict[str, jax.Array]) -> dict[str, list[int]]:
     """Returns two 32-bit checksums of each array's bits, computed where the array is."""
-    return {name: [int(part) for part in both] for name, both in jax.device_get(jax.tree.map(_digest, arrays)).items()}
+    found = jax.device_get({name: _digester(array.sharding)(array) for name, array in arrays.items()})
+    return {name: [int(part) for part in both] for name, both in found.items()}
 
 
-@jax.jit
+@functools.cache
+def _digester(sharding: Sharding) -> Any:
+    # Whole on each device, so that each process reads it.
+    whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    return jax.jit(_digest, out_shardings=whole)
+
+
 def _digest(array: jax.Array) -> jax.Array:
-    """Sums the bits as unsigned integers, once plainly and once weighted by place; order does not matter to either."""
+    """Sums the bits as unsigned integers, once plainly and once weighted by place; order does not matter to either.
+
+    Each device sums its part of the array: nothing is gathered.
+    """
     array = jax.device_put(array, jax.memory.Space.Device)  # it may live in the host's memory
     integral = jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_
     words = array if integral else jax.lax.bitcast_convert_type(array, _WORDS.get(array.dtype.itemsize, jnp.uint32))
-    words = words.astype(jnp.uint32).reshape(-1)
-    places = jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(2) + jnp.uint32(1)
+    words, places, stride = words.astype(jnp.uint32), jnp.uint32(1), 2
+    for dim in reversed(range(words.ndim)):
+        places = places + jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim) * jnp.uint32(stride % 2**32)
+        stride *= words.shape[dim]
     return jnp.stack([words.sum(dtype=jnp.uint32), (words * places).sum(dtype=jnp.uint32)])
 
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from compax.errors import CompaxError, ConfigError, DistributedError
+from compax.errors import CompaxError, ConfigError
 from compax.experiments import config as configs
 from compax.experiments.config import Config
 from compax.experiments.launch_cli import LAUNCH_HELP, add_launch
@@ -134,6 +134,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     train.add_argument("--config", metavar="FILE", required=True, help=_CONFIG_HELP)
 
     train.add_argument("--distributed", action="store_true", help="one process a host, found by the cluster's own word")
+    train.add_argument(
+        "--coordinator", metavar="ADDRESS:PORT", default="", help="where process 0 is, if no cluster says so"
+    )
+    train.add_argument("--processes", metavar="N", type=int, help="how many there are")
+    train.add_argument("--process", metavar="I", type=int, help="which of them this is, from 0")
 
     evaluate = command("eval", _eval, "measure loss and perplexity of a run on its evaluation text")
     _add_run(evaluate)
@@ -257,18 +262,21 @@ def _only_model(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace, console: Console) -> int:
     config = configs.load(args.config, args.overrides)
-    if args.distributed:
-        from compax.tpu.distributed import digest, initialize
+    where = (args.coordinator, args.processes, args.process)
+    if not args.distributed:
+        if where != ("", None, None):
+            raise ConfigError("--coordinator, --processes and --process go with --distributed")
+        from compax.experiments.experiment import run
 
-        processes = initialize(compare={"config": digest(configs.to_json(config))}, say=console.say)
-        if processes.count > 1:
-            raise DistributedError(
-                f"there are {processes.count} processes, and compax train does not split a run over several yet: each "
-                "would train by itself; launch on a slice of one host"
-            )
+        return run(config, console)
+    from compax.tpu.distributed import digest, initialize
+
+    joined = initialize(*where, compare={"config": digest(configs.to_json(config))}, say=console.say)
+    from compax.experiments.console import Console
     from compax.experiments.experiment import run
 
-    return run(config, console)
+    with joined:
+        return run(config, console if joined.first else Console(quiet=True), joined)
 
 
 def _eval(args: argparse.Namespace, console: Console) -> int:

@@ -58,6 +58,8 @@ class Report:
     def save(self, directory: pathlib.Path, config: dict[str, Any]) -> None:
         """Writes the report as `compress.json` and the program into the folder `compressed`.
 
+        Of several processes all call this; each one writes its part of the program, the first one the report.
+
         Raises:
             CheckpointError: It cannot be written.
         """
@@ -80,7 +82,8 @@ class Report:
             "eval_loss": self.before.loss,
         }
         report = {"before": before, "passes": passes}
-        checkpoint.write_whole(directory / "compress.json", json.dumps(report, indent=2) + "\n")
+        if jax.process_index() == 0:
+            checkpoint.write_whole(directory / "compress.json", json.dumps(report, indent=2) + "\n")
 
 
 def _size(footprint: Footprint) -> tuple[str, str]:

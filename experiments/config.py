@@ -138,18 +138,24 @@ FIELDS: Mapping[str, Field] = {
         0.0, "Softmax temperature of sampling. 0: the most likely token.", minimum=0, resumable=True
     ),
     "generation.top_k": Field(0, "Sample from the k most likely tokens. 0: from all.", minimum=0, resumable=True),
-    "sharding.batch": Field(("data",), "Mesh axes that the batch is split over, for `plan`.", resumable=True),
+    "sharding.batch": Field(
+        ("data",), "Mesh axes that the batch is split over, for `plan` and `train --distributed`.", resumable=True
+    ),
     "sharding.params": Field(
         (),
-        "How parameters are split over the mesh, for `plan`: 'GLOB: SPEC' with a mesh axis, axes joined by +, or - for "
-        "each dimension, such as 'blocks.**.mlp.up.kernel: -,model'. A later one overrides; the rest is not split.",
+        "How parameters are split over the mesh, for `plan` and `train --distributed`: 'GLOB: SPEC' with a mesh axis, "
+        "axes joined by +, or - for each dimension, such as 'blocks.**.mlp.up.kernel: -,model'. A later one overrides; "
+        "the rest is not split.",
         resumable=True,
     ),
-    "sharding.optimizer": Field(
-        (), "As sharding.params, after it, for the optimizer's state alone, for `plan`.", resumable=True
-    ),
+    "sharding.optimizer": Field((), "As sharding.params, after it, for the optimizer's state alone.", resumable=True),
     "plan.topology": Field("", "Slice that `plan` compiles for, such as v5e:4x4.", resumable=True),
-    "plan.mesh": Field("", "Mesh over that slice, such as data=4,model=4.", resumable=True),
+    "plan.mesh": Field(
+        "",
+        "Mesh over that slice, and over all devices of `train --distributed`, unless the pass shard says one; such as "
+        "data=4,model=4.",
+        resumable=True,
+    ),
 }
 
 _OPEN = "model.overrides"

@@ -26,14 +26,18 @@ class Progress(Protocol):
 
 
 class Console:
-    """Writes to standard output: with rich's colours and bars on a terminal, as plain lines elsewhere."""
+    """Writes to standard output: with rich's colours and bars on a terminal, as plain lines elsewhere.
 
-    def __init__(self) -> None:
+    Args:
+        quiet: writes nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
         from rich.console import Console as RichConsole
 
-        self.rich: RichConsole = RichConsole(highlight=False, markup=False)
+        self.rich: RichConsole = RichConsole(highlight=False, markup=False, quiet=quiet)
         if not self.rich.is_terminal:
-            self.rich = RichConsole(highlight=False, markup=False, width=_PLAIN_WIDTH)
+            self.rich = RichConsole(highlight=False, markup=False, width=_PLAIN_WIDTH, quiet=quiet)
 
     def say(self, line: str, style: str | None = None) -> None:
         """Prints one line, never wrapped."""

@@ -315,13 +315,19 @@ class Sequences:
 
 
 class Batches:
-    """Endless shuffled batches: `{"tokens": int32[batch, sequence_length + 1], "sequence": int32[batch]}`.
+    """Endless shuffled batches: `{"tokens": int32[rows, sequence_length + 1], "sequence": int32[batch]}`.
 
     The order is decided by the seed alone and differs from epoch to epoch. `state` says where the iterator stands;
-    setting it on another `Batches` over the same source makes that one go on from there.
+    setting it on another `Batches` over the same source makes that one go on from there, whatever rows it reads.
+
+    Args:
+        source: The sequences.
+        batch_size: How many make a batch.
+        seed: Of the order.
+        rows: Which rows of each batch are read, in this order; by default all. `sequence` names those of all rows.
     """
 
-    def __init__(self, source: Sequences, batch_size: int, seed: int):
+    def __init__(self, source: Sequences, batch_size: int, seed: int, rows: Sequence[int] | None = None):
         import grain
 
         if len(source) < batch_size:
@@ -330,7 +336,15 @@ class Batches:
                 f"{source.sequence_length}, one batch takes {batch_size}; use more text, a smaller data.batch_size or "
                 "data.sequence_length"
             )
-        dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
+        chosen = range(batch_size) if rows is None else rows
+
+        def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+            tokens = np.stack([source[indices[row]]["tokens"] for row in chosen])
+            return {"tokens": tokens, "sequence": indices.astype(np.int32)}
+
+        # Indices are shuffled, not sequences: a row that is not asked for is not read.
+        order = grain.MapDataset.source(range(len(source))).seed(seed).shuffle().repeat()
+        dataset = order.batch(batch_size, drop_remainder=True).map(read)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
         self._iterator = iter(dataset.to_iter_dataset(options))
 

@@ -7,15 +7,21 @@ from typing import TYPE_CHECKING
 
 from compax.experiments import compress, generate, programs
 from compax.experiments.config import Config, run_directory
-from compax.experiments.preemption import Preemption, Stopped
+from compax.experiments.preemption import Preemption, SharedPreemption, Stopped
 from compax.experiments.train import Trained, train
+from compax.tpu.distributed import Processes
 
 if TYPE_CHECKING:
     from compax.experiments.console import Console
 
 
-def run(config: Config, console: Console) -> int:
+def run(config: Config, console: Console, processes: Processes | None = None) -> int:
     """Trains as the config says, or goes on; then compresses the trained program and continues the prompts with both.
+
+    Args:
+        config: A checked config.
+        console: Takes what a person should see.
+        processes: That do it together over all their devices; all of them call this.
 
     Returns:
         The exit code: 0, also after a SIGTERM, when all is saved; 130 after Ctrl-C.
@@ -23,9 +29,9 @@ def run(config: Config, console: Console) -> int:
     Raises:
         CompaxError: What is wrong, in one readable line.
     """
-    with Preemption() as preemption:
+    with SharedPreemption() if processes and processes.count > 1 else Preemption() as preemption:
         try:
-            trained = train(config, console, preemption)
+            trained = train(config, console, preemption, processes)
             finish(trained, console)
         except Stopped as stop:
             console.say(str(stop))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 import compax
 from compax.errors import ConfigError, WeightsError
@@ -26,6 +27,7 @@ from compax.experiments.tokenizer import Tokenizer
 from compax.instruments import Instrument
 from compax.models import load_decoder, load_tokenizer, smollm2_path
 from compax.models.decoder import DecoderConfig, KVCache
+from compax.placement import DEVICE
 
 GENERATE = "generate"
 KNOWN_WEIGHTS = {"smollm2-135m": smollm2_path}
@@ -130,7 +132,10 @@ class Generator:
         key = jax.random.key(self._sampling.seed)
         length = padded.shape[1]
         if length not in self._compiled:
-            self._compiled[length] = jax.jit(self._generate).lower(*arguments, key).compile()
+            placement = self._program.placement
+            # Each process reads all of the text.
+            whole = placement.place(PartitionSpec(), DEVICE) if isinstance(placement.mesh, Mesh) else None
+            self._compiled[length] = jax.jit(self._generate, out_shardings=whole).lower(*arguments, key).compile()
         start = time.perf_counter()
         found, count = jax.device_get(self._compiled[length](*arguments, key))
         seconds = time.perf_counter() - start

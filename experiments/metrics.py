@@ -27,22 +27,31 @@ class Metrics:
         step: Steps already done; lines of later steps are cut off.
         tensorboard: Whether to write TensorBoard events.
         report: Takes a line to print.
+        writes: Whether to write anything: of several processes one does.
     """
 
-    def __init__(self, directory: pathlib.Path, step: int, *, tensorboard: bool, report: Callable[[str], None]):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        step: int,
+        *,
+        tensorboard: bool,
+        report: Callable[[str], None],
+        writes: bool = True,
+    ):
         self._files = {}
-        for name in (METRICS, TIMING):
+        for name in (METRICS, TIMING) if writes else ():
             kept = [line for line in read_lines(directory / name) if line.get("step", 0) <= step]
             write_whole(directory / name, "".join(json.dumps(line) + "\n" for line in kept))
             self._files[name] = open(directory / name, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._events = _event_writer(directory / "tensorboard", step, report) if tensorboard else None
+        self._events = _event_writer(directory / "tensorboard", step, report) if tensorboard and writes else None
 
     def write(self, step: int, values: dict[str, float], *, file: str = METRICS) -> None:
         """Appends one line, `{"step": step, **values}`, and the same numbers as TensorBoard scalars.
 
         What is not finite becomes null: JSON has no word for it.
         """
-        if not values:
+        if not values or not self._files:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._files[file].write(json.dumps({"step": step, **finite}) + "\n")

@@ -9,12 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 import compax
-from compax.errors import ConfigError
+from compax.errors import CompaxError, ConfigError
+from compax.experiments import shardings
 from compax.experiments.config import Config, closest
 from compax.instruments import Instrument
 from compax.models import decoder
+from compax.placement import DEVICE
 from compax.target import Target
 
 TRAIN = "train"
@@ -80,6 +83,45 @@ def example_batch(config: Config) -> dict[str, jax.Array]:
     """Returns a batch with the shapes of training, for capturing and for trying passes on."""
     shape = (micro_batch(config), config.data.sequence_length + 1)
     return {"tokens": jax.random.randint(jax.random.key(config.seed), shape, 0, 256, jnp.int32)}
+
+
+def build_over_devices(config: Config, vocabulary: int) -> compax.Program:
+    """Returns the program that a config trains, over the devices of all processes, which call this together.
+
+    1. Where the pipeline runs on shapes and leaves all parameters as the model has them, these are drawn right where
+       they lie: no process holds more than its part. What the passes make is then not compared on a sample.
+    2. Otherwise each process makes the whole program, and keeps its part.
+
+    Raises:
+        CompaxError: The model, the pipeline or the shardings are not valid.
+    """
+    dense = capture(config, build_model(config, vocabulary, abstract=True))
+    try:
+        program = compax.Pipeline.parse(config.pipeline)(dense)
+    except CompaxError:  # a pass may ask for values; whatever else is wrong is found again below
+        program = None
+    if program is None or not _untouched(dense, program):
+        program = build_program(config, vocabulary)
+        return program.replace(placement=shardings.over_all_devices(config, program)).place()
+    placement = shardings.over_all_devices(config, program)
+
+    def draw() -> tuple[dict[str, Any], dict[str, Any]]:
+        model = build_model(config, vocabulary)
+        drawn = compax.capture(model, example_batch(config), loss=decoder.loss, mode="train")
+        return dict(drawn.params), dict(drawn.state)
+
+    whole = placement.place(PartitionSpec(), DEVICE)
+    out = placement.shardings(program.params), dict.fromkeys(program.state, whole)
+    params, state = jax.jit(draw, out_shardings=out)()
+    return program.replace(params=params, state=state, placement=placement)
+
+
+def _untouched(before: compax.Program, after: compax.Program) -> bool:
+    """Whether passes left all parameters and state as they were: a pass that changes values makes other objects."""
+    return all(
+        old.keys() == new.keys() and all(new[path] is old[path] for path in old)
+        for old, new in ((before.params, after.params), (before.state, after.state))
+    )
 
 
 def build_program(

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 import compax
 from compax import placement
@@ -24,6 +25,7 @@ from compax.errors import EncodingError, ShardingError
 from compax.experiments.config import Config
 from compax.passes.shard.rules import check_axis, entry, parameter_specs
 from compax.placement import DEVICE, Placement
+from compax.tpu.topology import parse_mesh
 
 
 def leaf_specs(path: str, value: Any, spec: PartitionSpec) -> Any:
@@ -115,6 +117,78 @@ def placement_specs(placed: Placement) -> StepSpecs:
         optimizer={**placed.specs, **placed.optimizer},
         batch=placed.batch,
     )
+
+
+def over_all_devices(config: Config, program: compax.Program) -> Placement:
+    """Where a program's arrays lie over the devices of all processes, as in `compax plan`.
+
+    The mesh is that of the pass `shard`; without it, `plan.mesh`, or one axis `data`.
+
+    Raises:
+        CompaxError: the mesh is not of as many devices, or a rule does not fit.
+    """
+    placed = program.placement
+    if placed.mesh is None:
+        axes = parse_mesh(config.plan.mesh or "data=-1", jax.device_count())
+    else:
+        axes = dict(placed.mesh.shape)
+    specs = step_specs(config, program, axes)
+    placed = placed.replace(
+        mesh=AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes)),
+        specs=specs.params,
+        gradients=specs.gradients,
+        optimizer=specs.optimizer,
+        batch=specs.batch,
+    )
+    return placed.over(placed.mesh_over())
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """How tokens `[accumulation, batch, positions]` come to the devices: each process reads the rows of its own.
+
+    Attributes:
+        shape: of the tokens of a step.
+        sharding: over the mesh.
+        rows: of each micro-batch that this process reads, ascending.
+    """
+
+    shape: tuple[int, int, int]
+    sharding: NamedSharding
+    rows: tuple[int, ...]
+
+    @classmethod
+    def of(cls, placed: Placement, shape: tuple[int, int, int]) -> Feed:
+        """The feed of a placement.
+
+        Raises:
+            ShardingError: the batch does not divide.
+        """
+        assert isinstance(placed.mesh, Mesh)
+        sharding = NamedSharding(placed.mesh, batch_spec(placed.batch, dict(placed.mesh.shape), shape[1]))
+        indices = sharding.addressable_devices_indices_map(shape).values()
+        parts = {index[1].indices(shape[1]) for index in indices if index is not None}
+        return cls(shape, sharding, tuple(row for part in sorted(parts) for row in range(*part)))
+
+    @property
+    def batch_rows(self) -> list[int]:
+        """Of the whole batch, its micro-batches one after the other: the rows that this process reads."""
+        return [part * self.shape[1] + row for part in range(self.shape[0]) for row in self.rows]
+
+    def put(self, tokens: np.ndarray) -> jax.Array:
+        """The tokens of all processes as one array.
+
+        Args:
+            tokens: int32[rows, positions], those of `batch_rows`.
+        """
+        own = tokens.reshape(self.shape[0], len(self.rows), self.shape[2])
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[1].indices(self.shape[1])
+            first = self.rows.index(start)
+            return own[:, first : first + stop - start]
+
+        return jax.make_array_from_callback(self.shape, self.sharding, part)
 
 
 def step_specs(config: Config, program: compax.Program, axes: Mapping[str, int]) -> StepSpecs:

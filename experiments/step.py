@@ -18,7 +18,7 @@ from compax.experiments.config import Config
 from compax.experiments.optimizer import optimizer, schedule
 from compax.experiments.programs import TRAIN
 from compax.experiments.shardings import StepSpecs, placement_specs
-from compax.placement import DEVICE, Placement, moved, placed
+from compax.placement import DEVICE, Placement, moved, placed, spread
 from compax.tpu.options import compiler_options
 
 Step = Callable[["TrainState", dict[str, Any], "jax.Array | np.ndarray"], tuple["TrainState", dict[str, jax.Array]]]
@@ -69,7 +69,7 @@ def start(config: Config, program: compax.Program) -> tuple[TrainState, dict[str
         of_moments = shardings.follow(jax.eval_shape(init, trainable), program.params, specs)
         # Zeros and counters come from no array, so nothing but this says where they are to be.
         init = jax.jit(init, out_shardings=jax.tree.map(lambda spec: placement.place(spec, DEVICE), of_moments))
-        zero, state = jax.device_put((zero, state), placement.place(PartitionSpec(), DEVICE))
+        zero, state = spread((zero, state), placement.place(PartitionSpec(), DEVICE))
     moments = init(trainable)
     if placement.optimizer_memory != DEVICE:
         moments = placed(moments, placement.optimizer_memory)

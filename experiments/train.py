@@ -24,7 +24,8 @@ from compax.experiments.console import Console, Progress, amount
 from compax.experiments.evaluate import Evaluation, Evaluator
 from compax.experiments.preemption import Preemption, Stopped
 from compax.experiments.step import Step, make_step, start
-from compax.placement import DEVICE, mesh_text
+from compax.placement import mesh_text
+from compax.tpu.distributed import ALONE, Processes
 
 
 class DivergenceError(CompaxError):
@@ -52,39 +53,47 @@ class Trained:
     evaluation: Evaluation
 
 
-def train(config: Config, console: Console, preemption: Preemption) -> Trained:
+def train(config: Config, console: Console, preemption: Preemption, processes: Processes | None = None) -> Trained:
     """Trains, or goes on training, until `config.steps`.
 
     Args:
         config: A checked config.
         console: Takes what a person should see.
         preemption: Entered; its signals end training after a checkpoint.
+        processes: That train together, over all their devices: all of them call this. The first one writes what is not
+            an array; the others should have a quiet console.
 
     Raises:
         Stopped: A signal asked to stop; all is saved.
         DivergenceError: A loss or gradient was not finite.
         CompaxError: What else can be wrong with config, data, checkpoint or pipeline, in one readable line.
     """
-    directory = run_directory(config)
+    directory, together = run_directory(config), processes or ALONE
     preflight(config)
-    with checkpoint.open_run(config):
+    with checkpoint.open_run(config, together) as opened:
         corpus = data.prepare(config, console.say)
-        corpus.tokenizer.save(directory / checkpoint.TOKENIZER)
+        together.agree("text", corpus.identity)
+        if together.first:
+            corpus.tokenizer.save(directory / checkpoint.TOKENIZER)
         console.say(
             f"text: {amount(corpus.nbytes, 'B')} in {len(corpus.train.names)} files, {amount(len(corpus.train.ids))} "
             f"tokens for training, {amount(len(corpus.eval.ids))} for evaluation, "
             f"vocabulary {corpus.tokenizer.vocabulary}"
         )
-        program = programs.build_program(config, corpus.tokenizer.vocabulary)
-        if program.placement.mesh is not None:
-            program = program.place()
+        if processes is not None:
+            program = programs.build_over_devices(config, corpus.tokenizer.vocabulary)
+        else:
+            program = programs.build_program(config, corpus.tokenizer.vocabulary)
+            program = program if program.placement.mesh is None else program.place()
         describe(program, config, console)
-        loop = _Loop(config, console, preemption, program, corpus)
+        loop = _Loop(config, console, preemption, program, corpus, together)
+        del program  # its arrays: the loop has its own
         loop.restore()
+        opened.begun()
         evaluation = loop.run()
-        if config.log.plot:
+        if config.log.plot and together.first:
             metrics.plot(directory, console.say)
-        trained = program.replace(params=loop.params, state=loop.state.state)
+        trained = loop.program.replace(params=loop.params, state=loop.state.state)
         return Trained(config, directory, trained, corpus, loop.evaluator, evaluation)
 
 
@@ -110,7 +119,7 @@ def describe(program: compax.Program, config: Config, console: Console) -> None:
     devices, mesh = jax.devices(), program.placement.mesh
     one = "" if len(devices) == 1 else f" (1 of {len(devices)} devices)"
     if mesh is not None:
-        one = f" ({mesh_text(mesh)})"
+        one = f" ({mesh_text(mesh)}" + (f"; {jax.process_count()} processes)" if jax.process_count() > 1 else ")")
     console.say(
         f"model: {config.model.family} {config.model.size}, {amount(total)} parameters, {amount(count)} trainable; "
         f"{config.steps} steps of {tokens} tokens on {devices[0].device_kind}{one}"
@@ -129,18 +138,24 @@ class _Loop:
         preemption: Preemption,
         program: compax.Program,
         corpus: data.Corpus,
+        processes: Processes,
     ):
-        self.config, self.console, self.preemption = config, console, preemption
+        self.config, self.console, self.preemption, self.processes = config, console, preemption, processes
         self.directory = run_directory(config)
         self.text = corpus.identity
         self.sequences = data.Sequences(corpus.train, config.data.sequence_length)
-        self.batches = data.Batches(self.sequences, config.data.batch_size, config.seed)
+        self.feed: shardings.Feed | None = None
+        if program.placement.mesh is not None:
+            shape = (config.optimizer.accumulation, programs.micro_batch(config), config.data.sequence_length + 1)
+            self.feed = shardings.Feed.of(program.placement, shape)
+        rows = self.feed and self.feed.batch_rows
+        self.batches = data.Batches(self.sequences, config.data.batch_size, config.seed, rows)
         held = data.Sequences(corpus.eval, config.data.sequence_length)
         batches = data.evaluation_batches(held, programs.micro_batch(config), config.evaluation.batches)
-        self.evaluator = Evaluator(program, batches)
-        self.placement = program.placement
         self.state, self.frozen = start(config, program)
-        self.step_function: Step = make_step(config, program)
+        self.program = program.replace(params=checkpoint.shapes(program.params), state=checkpoint.shapes(program.state))
+        self.evaluator = Evaluator(self.program, batches)
+        self.step_function: Step = make_step(config, self.program)
         self.checkpoints = checkpoint.Checkpoints(self.directory, keep=config.checkpoint.keep)
         self.step = 0
         # The last step's metrics stay on the device until the next step is under way.
@@ -149,6 +164,7 @@ class _Loop:
     def restore(self) -> None:
         """Goes back to the last checkpoint, if there is one."""
         latest = self.checkpoints.latest
+        self.processes.agree("last checkpoint", str(latest))
         if latest is None:
             return
         meta = self.checkpoints.meta(latest)
@@ -161,9 +177,13 @@ class _Loop:
                 f"{self.directory} was trained on another text than there is now (another Python, or changed files): "
                 "choose another folder with --config.directory=FOLDER"
             )
-        found = self.checkpoints.restore(latest, dataclasses.replace(self.state, params=self.params))
-        self.state = dataclasses.replace(found, params={path: found.params[path] for path in self.state.params})
-        self.frozen = {path: found.params[path] for path in self.frozen}
+        like = checkpoint.shapes(dataclasses.replace(self.state, params=self.params))
+        frozen = set(self.frozen)
+        del self.state, self.frozen  # what was drawn makes room for what is read
+        found = self.checkpoints.restore(latest, like)
+        trained = {path: value for path, value in found.params.items() if path not in frozen}
+        self.state = dataclasses.replace(found, params=trained)
+        self.frozen = {path: found.params[path] for path in frozen}
         try:
             self.batches.state = meta["data"]
         except (KeyError, TypeError, ValueError) as error:
@@ -178,16 +198,25 @@ class _Loop:
         """Trains to the last step and returns the evaluation there."""
         config = self.config
         self.metrics = metrics.Metrics(
-            self.directory, self.step, tensorboard=config.log.tensorboard, report=self.console.say
+            self.directory,
+            self.step,
+            tensorboard=config.log.tensorboard,
+            report=self.console.say,
+            writes=self.processes.first,
         )
+        fails_alone = False
         try:
             self.preemption.ready()
             evaluation = self._steps()
             self.preemption.done()
             return evaluation
+        except BaseException as error:
+            fails_alone = self.processes.count > 1 and not isinstance(error, (Stopped, DivergenceError))
+            raise
         finally:
             self.metrics.close()
-            self.checkpoints.close()
+            if not fails_alone:  # then the others wait for this one, and not the other way round
+                self.checkpoints.close()
 
     def _steps(self) -> Evaluation:
         config, evaluation = self.config, None
@@ -199,21 +228,21 @@ class _Loop:
                 before, self._pending = self._pending, (self.step, values, batch["sequence"])
                 self._settle(before, clock)
                 clock.mark(self.step)
-                last = self.step == config.steps
+                last, stop = self.step == config.steps, self.preemption.stops()
                 if _due(self.step, config.evaluation.every) or last:
                     self._flush(clock)
                     evaluation = self._evaluate()
                     clock.stop()
-                if _due(self.step, config.checkpoint.every) or last or self.preemption.received:
+                if _due(self.step, config.checkpoint.every) or last or stop:
                     self._flush(clock)
                     self._save()
                     clock.stop()
-                if self.preemption.received:
+                if stop:
                     self.checkpoints.wait()
                     raise Stopped(
-                        self.preemption.received,
-                        f"stopped by {self.preemption.received.name} after step {self.step}; the checkpoint is in "
-                        f"{self.directory}, the same command goes on from it",
+                        stop,
+                        f"stopped by {stop.name} after step {self.step}; the checkpoint is in {self.directory}, the "
+                        "same command goes on from it",
                     )
         if evaluation is None:
             evaluation = self.evaluator(self.params, self.state.state)
@@ -222,14 +251,10 @@ class _Loop:
 
     def _batches(self) -> Iterator[tuple[jax.Array | np.ndarray, dict[str, np.ndarray]]]:
         shape = (self.config.optimizer.accumulation, programs.micro_batch(self.config), -1)
-        placement, sharding = self.placement, None
-        if placement.mesh is not None:
-            spec = shardings.batch_spec(placement.batch, dict(placement.mesh.shape), shape[1])
-            sharding = placement.place(spec, DEVICE)
         while self.step < self.config.steps:
             batch = next(self.batches)
-            tokens = batch["tokens"].reshape(shape)
-            yield tokens if sharding is None else jax.device_put(tokens, sharding), batch
+            tokens = batch["tokens"]
+            yield tokens.reshape(shape) if self.feed is None else self.feed.put(tokens), batch
 
     def _flush(self, clock: _Clock) -> None:
         """Settles the step that is still pending."""

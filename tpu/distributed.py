@@ -44,6 +44,7 @@ _KEYS = "compax"
 _PATIENCE_SECONDS = 30
 # More processes give fewer signs of life each: the coordinator reads them all.
 _BEATS_PER_SECOND = 64
+_FOR_EVER_MS = 7 * 24 * 3600 * 1000
 
 _started: list[tuple[tuple[Any, ...], Processes]] = []
 
@@ -123,6 +124,34 @@ class Processes:
         """A process in words."""
         return f"process {index} ({self.names[index]})"
 
+    def of_first(self, what: str, value: str = "") -> str:
+        """What process 0 says of something, once a job; the others wait for it.
+
+        Args:
+            what: a name for it.
+            value: what process 0 says; of the others it is not looked at.
+        """
+        if self.count == 1:
+            return value
+        client, key = _jax.coordination_client(), f"{_KEYS}/said/{what}"
+        if self.first:
+            client.key_value_set(key, value)
+            return value
+        # Process 0 may be at work for long. If it is gone, the watch ends this process.
+        return client.blocking_key_value_get(key, _FOR_EVER_MS)
+
+    def agree(self, what: str, value: str) -> None:
+        """Compares something with process 0, once a job.
+
+        Raises:
+            DistributedError: it is another value there.
+        """
+        if (other := self.of_first(what, value)) != value:
+            raise DistributedError(
+                f"{self.name(self.index)} has another {what} ({value}) than {self.name(0)} ({other}): make them equal "
+                "on all hosts"
+            )
+
     def __enter__(self) -> Processes:
         if self.count > 1:
             self._watches.append(_Watch(self))
@@ -145,6 +174,10 @@ class Processes:
             # Most likely a collective that another process did not come to. Who it is is known soon.
             watch.suspect(next(iter(str(error).splitlines()), ""))
         watch.fail(f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000])
+
+
+ALONE = Processes(0, 1, ("",))
+"""The only process of a job."""
 
 
 class _Watch(threading.Thread):
@@ -185,7 +218,8 @@ class _Watch(threading.Thread):
             f"compax: {self._processes.name(self._processes.index)}: {reason[:300]}; is another process gone? Waiting "
             f"up to {self._processes.silence_seconds:g} s for a word"
         )
-        time.sleep(self._processes.silence_seconds + 4 * self._period)
+        # The first one waits as long to be sure, and then until all have heard of it.
+        time.sleep(self._processes.silence_seconds + 10 * self._period)
 
     def fail(self, message: str) -> None:
         """Tells the others that this process ends with an error."""
@@ -344,6 +378,8 @@ def _connect(
     timer = threading.Timer(start_seconds, late)
     timer.daemon = True
     timer.start()
+    # Programs that run at once on CPUs would take all threads, each waiting for a collective of the other.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
             coordinator or None,

@@ -19,12 +19,13 @@ REST = -1
 _DESCRIBED_BY: Mapping[str, Mapping[str, Any]] = {"v4": {"chip_config_name": "megacore"}}
 
 
-def parse_mesh(text: str, target: Target) -> dict[str, int]:
+def parse_mesh(text: str, target: Target | int) -> dict[str, int]:
     """Reads a mesh, such as `data=4,model=4`; `-1` for one axis stands for the devices that are left.
 
     Args:
         text: axes and sizes.
-        target: what the mesh is laid over. A CPU takes any mesh: it stands for as many devices as are asked for.
+        target: what the mesh is laid over, or how many devices. A CPU takes any mesh: it stands for as many as are
+            asked for.
 
     Returns:
         Sizes by axis, in order.
@@ -43,16 +44,20 @@ def parse_mesh(text: str, target: Target) -> dict[str, int]:
             raise ShardingError(f"mesh '{text}': the axis '{name}' has the size {size}; it must be at least 1, or -1")
         axes[name] = int(size)
     known = math.prod(size for size in axes.values() if size != REST)
-    devices = known if target.chip.platform == "cpu" else target.num_devices
+    if isinstance(target, int):
+        devices = target
+    else:
+        devices = known if target.chip.platform == "cpu" else target.num_devices
     open_axes = [name for name, size in axes.items() if size == REST]
     if len(open_axes) > 1:
         raise ShardingError(f"mesh '{text}': only one axis can be -1, {' and '.join(open_axes)} are")
     if open_axes and devices % known == 0:
         axes[open_axes[0]] = devices // known
     elif open_axes or known != devices:
+        there = f"and there are {devices}" if isinstance(target, int) else f"{target} has {devices}"
         raise ShardingError(
-            f"mesh '{text}' is of {known}{' times what is left of' if open_axes else ''} devices, {target} has "
-            f"{devices}: make the sizes multiply to {devices}, or give one axis as -1"
+            f"mesh '{text}' is of {known}{' times what is left of' if open_axes else ''} devices, {there}: make the "
+            f"sizes multiply to {devices}, or give one axis as -1"
         )
     return axes
 

@@ -140,6 +140,18 @@ def test_batches_go_on_from_a_state(sequences: Sequences):
     assert [next(again)["sequence"].tolist() for _ in range(4)] == expected
 
 
+def test_batches_of_some_rows_are_parts_of_the_whole_ones(sequences: Sequences):
+    whole, part = Batches(sequences, 4, seed=1), Batches(sequences, 4, seed=1, rows=[3, 0])
+    next(whole), next(part)
+    moved = Batches(sequences, 4, seed=1, rows=[1])
+    moved.state = whole.state
+    for _ in range(12):
+        expected, found = next(whole), next(part)
+        np.testing.assert_array_equal(found["tokens"], expected["tokens"][[3, 0]])
+        np.testing.assert_array_equal(found["sequence"], expected["sequence"])
+        np.testing.assert_array_equal(next(moved)["tokens"], expected["tokens"][[1]])
+
+
 def test_too_little_text(sequences: Sequences):
     with pytest.raises(DataError, match="one batch takes 20"):
         Batches(sequences, 20, 0)

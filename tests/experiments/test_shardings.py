@@ -2,14 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import compax
 from compax.errors import ShardingError
-from compax.experiments import shardings
+from compax.experiments import programs, shardings
+from compax.manifest import is_key
 from compax.passes.shard.rules import parameter_specs
+from compax.placement import Placement
 
 AXES = {"data": 2, "model": 4}
 PARAMS = {
@@ -107,3 +110,41 @@ def test_bytes_of_one_device():
     placed = shardings.abstract(mesh, PARAMS, shardings.follow(PARAMS, PARAMS, specs))
     expected = 4 * (96 * 32 + 2 * 32 * 80 // 8 + 2 * 80 * 32 + 32)
     assert shardings.device_bytes(placed) == expected
+
+
+def test_tokens_come_to_the_devices_row_by_row():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    feed = shardings.Feed.of(Placement(mesh=mesh, batch=("data",)), (2, 8, 3))
+    assert feed.batch_rows == list(range(16))
+    tokens = np.arange(48, dtype=np.int32).reshape(16, 3)
+    found = feed.put(tokens)
+    np.testing.assert_array_equal(found, tokens.reshape(2, 8, 3))
+    assert found.sharding.spec == PartitionSpec(None, "data")
+
+
+def test_all_devices_are_one_mesh(make):
+    def placed(**changes) -> Placement:
+        config = make(**changes)
+        return shardings.over_all_devices(config, programs.build_program(config, 260, abstract=True))
+
+    assert dict(placed().mesh.shape) == {"data": 8}
+    rules = {"plan__mesh": "data=2,model=-1", "sharding__params": "('embed.embedding: model,-',)"}
+    found = placed(**rules)
+    assert dict(found.mesh.shape) == {"data": 2, "model": 4}
+    assert found.specs["embed.embedding"] == PartitionSpec("model")
+    assert placed(pipeline="shard(fsdp=-1)").batch == ("fsdp",)
+    with pytest.raises(ShardingError, match=r"mesh 'data=2' is of 2 devices, and there are 8: make the sizes multiply"):
+        placed(plan__mesh="data=2")
+
+
+def test_parameters_are_drawn_where_they_lie(make):
+    config = make(pipeline="shard(fsdp=-1)", model__overrides__dropout=0.1)
+    program, whole = programs.build_over_devices(config, 260), programs.build_program(config, 260)
+    kernel = program.params["blocks.0.mlp.up.kernel"]
+    assert kernel.addressable_shards[0].data.nbytes * 8 == kernel.nbytes
+    for own, other in ((program.params, whole.params), (program.state, whole.state)):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), *map(_numbers, (own, other)))
+
+
+def _numbers(arrays):
+    return {path: jax.random.key_data(x) if is_key(x) else x for path, x in arrays.items()}

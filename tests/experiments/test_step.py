@@ -70,6 +70,6 @@ def test_a_device_without_such_memory_is_refused_before_anything_runs(monkeypatc
     with pytest.raises(PlacementError, match=r"'pinned_host' is wanted, but small chip \(none\) reaches only: device"):
         check_memory(device, frozenset({HOST}))
     config, program = training("offload()")
-    monkeypatch.setattr(jax, "devices", lambda *_: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda *_: [device])
     with pytest.raises(PlacementError, match="leave the pass that asks for it out"):
         start(config, program)

@@ -184,3 +184,10 @@ def test_what_is_wrong_is_found_before_anything_is_made(make, changes, message):
     with pytest.raises(CompaxError, match=message):
         run(config)
     assert not Path(config.directory).exists()
+
+
+@pytest.mark.parametrize("changes", [{"data__batch_size": 100_000}, {"pipeline": "shard(data=8)"}])
+def test_a_start_that_fails_leaves_no_run_directory(make, changes):
+    with pytest.raises(CompaxError):
+        run(make(**changes))
+    assert not Path(make().directory).exists()
