@@ -63,12 +63,15 @@ class PassResult:
         decisions: what `Pass.rewrite` needs to do the same to another graph of the program, by site name and parameter
             path, never by position.
         notes: anything else that a person should know.
+        settled: of a pass that chose its options by itself, the same with what it chose: this is what history keeps, so
+            that nothing is chosen anew where a pipeline is replayed.
     """
 
     program: Program
     sites: tuple[SiteReport, ...]
     decisions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    settled: "Pass | None" = None
 
     @property
     def changed(self) -> bool:
@@ -166,6 +169,7 @@ class Context:
         inputs: sample inputs, if any were given: for calibration.
         seed: the one source of randomness.
         target: the chip and mesh that the program is meant for, if known.
+        following: the passes that come after this one.
         donate: whether the caller gives its arrays away: a pass may delete each as soon as it is converted.
         compiled_peak: compiles a function for the target and returns the bytes that one device needs at the peak, from
             the function, its arguments as shapes, and which of them are donated. Without it passes compile on the
@@ -176,6 +180,7 @@ class Context:
     seed: int = 0
     target: Any = None
     donate: bool = False
+    following: "tuple[Pass, ...]" = ()
     compiled_peak: Callable[[Callable[..., Any], tuple[Any, ...], tuple[int, ...]], int] | None = None
 
     def release(self, old: Any, new: Any) -> None:
@@ -260,6 +265,11 @@ class Pass:
             The new graph, or the one given if there is nothing to do in it.
         """
         return captured
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it chooses options by itself when it runs: `PassResult.settled` has them then."""
+        return False
 
     def promise(self) -> Contract:
         """The contract under these options; by default that of the class."""

@@ -13,6 +13,8 @@ from compax.composites.base import Attention
 from compax.errors import ShardingError
 from compax.meaning import Meaning
 from compax.passes.shard.rules import AxisRule, entry
+from compax.placement import Placement
+from compax.transform import SiteReport
 
 BATCH, SEQUENCE, MODEL = "batch", "sequence", "model"
 
@@ -95,6 +97,27 @@ class Layout:
     def named(self, name: str) -> Factors:
         """The atom of the axis that is called so; nothing if there is none."""
         return next((self.expand((axis.atom,)) for axis in self.meaning.axes if axis.name == name), ())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Laying:
+    """How a program lies on a mesh.
+
+    Attributes:
+        placement: where arrays live.
+        compute: how parameters lie where they are used.
+        gathered: how those are stored that are put together for it.
+        layouts: of the graphs.
+        reports: on parameters.
+        notes: what a person should know.
+    """
+
+    placement: Placement
+    compute: Mapping[str, PartitionSpec]
+    gathered: Mapping[str, PartitionSpec]
+    layouts: Mapping[Any, Layout]
+    reports: tuple[SiteReport, ...]
+    notes: tuple[str, ...]
 
 
 def activation_spec(entries: Sequence[tuple[str, ...] | None]) -> PartitionSpec:

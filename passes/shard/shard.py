@@ -16,8 +16,10 @@ from compax.contracts import Exact
 from compax.encoding import Encoded
 from compax.errors import EncodingError, PipelineError, ShardingError
 from compax.meaning import Meaning
+from compax.passes.shard import choosing
 from compax.passes.shard.activations import activation_constraints
-from compax.passes.shard.layout import Layout, batches_of, indivisible, split_attention, split_by_rules, word
+from compax.passes.shard.candidates import Candidate
+from compax.passes.shard.layout import Laying, Layout, batches_of, indivisible, split_attention, split_by_rules, word
 from compax.passes.shard.rules import (
     ARROW,
     AxisRule,
@@ -32,6 +34,7 @@ from compax.placement import axes_of, entries_of
 from compax.program import Program
 from compax.rewrites.constraints import Constraints, Laid, constrained
 from compax.target import Target
+from compax.text import Bytes
 from compax.transform import Context, Pass, PassResult, SiteReport, register
 
 __all__ = ["Shard"]
@@ -41,6 +44,7 @@ AXES = ("dcn_data", "data", "fsdp", "expert", "tensor", "model")
 RING = "fsdp_ring"
 """The second axis of the mesh for `fsdp` or `data`, where these are laid over a whole torus of three dimensions."""
 _REST = -1
+_AUTO = "auto"
 _STAGES = 3
 _GRADIENTS, _TORUS, _MATRIX = 2, 3, 2
 _ROWS, _COLUMNS = 8, 128
@@ -69,6 +73,13 @@ class Shard(Pass):
     (`hidden->tensor`, `vocabulary->-`) or by parameter (`"blocks.**.up.kernel: -,tensor"`, `"re:.*/up/kernel:
     -,tensor"`); see `compax.passes.shard.rules`. `at` selects parameters that may be split at all.
 
+    `auto` chooses the sizes, the stage and `sequence`: what is predicted to take a train step the least time within
+    the budget. Times are those of `compax.passes.shard.predicting`: rooflines of compute and memory, collectives over
+    the links that the axes lie on, what overlaps and what is waited for. The best few are compiled for the target, if a
+    compiler is at hand, and corrected by what it says; the notes list them. History has the pass with what was chosen,
+    so that nothing is chosen anew where it is replayed. The step is that of the program as it is captured, with the
+    passes that follow this one.
+
     The program's placement has the mesh and the specs; `program.place()` puts its arrays there.
 
     Shoeybi et al., "Megatron-LM", 2019, arXiv:1909.08053; Korthikanti et al., "Reducing Activation Recomputation in
@@ -85,10 +96,17 @@ class Shard(Pass):
         sequence: the axis over which positions are split as well.
         zero: the stage; by default 3 where there is `fsdp`, otherwise 0.
         rules: in place of what is found.
+        auto: choose the sizes, the stage and `sequence` by predicted time.
+        mesh: sizes that are given to `auto`, such as "fsdp=32,tensor=4"; by default it chooses them.
+        budget: bytes that one device has for a train step; by default its memory, less what predictions may be off.
+        target: the slice, such as `v5p:4x4x8`; by default the one that the context says, or the machine's CPU.
+        optimizer: float32 arrays that the optimizer keeps for each parameter.
+        compiles: how many of the best are compiled for the target; none to go by predictions.
 
     Raises:
         ShardingError: sizes that do not fit the devices, an axis that does not divide, a rule that names no axis, two
             that disagree, or a program that has no batch to split.
+        BudgetError: nothing that `auto` could choose fits; says what the least is, and what would help.
     """
 
     data: int | None = None
@@ -100,6 +118,12 @@ class Shard(Pass):
     sequence: str | None = None
     zero: int | None = None
     rules: tuple[str, ...] = ()
+    auto: bool = False
+    mesh: str = _AUTO
+    budget: Bytes | None = None
+    target: str | None = None
+    optimizer: int = 2
+    compiles: int = 3
 
     phase: ClassVar[str] = "placement"
     contract: ClassVar[Any] = Exact()
@@ -109,6 +133,9 @@ class Shard(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         sizes = self._given
+        self._check_auto()
+        if self.auto:
+            return
         if not sizes:
             raise PipelineError(f"shard: give the size of an axis: {', '.join(AXES)}; as in shard(data=-1, tensor=4)")
         for name, size in sizes.items():
@@ -129,6 +156,22 @@ class Shard(Pass):
             raise PipelineError(f"shard: zero={self.zero} splits over 'fsdp' or 'data', and neither is given")
         if self.fsdp is not None and self.zero == 0:
             raise PipelineError("shard: zero=0 over 'fsdp' splits nothing but the batch: call the axis 'data'")
+
+    def _check_auto(self) -> None:
+        chosen = [name for name in (*AXES, "sequence", "zero") if getattr(self, name) is not None]
+        if self.auto and chosen:
+            raise PipelineError(
+                f"shard: auto chooses '{chosen[0]}': leave it out, or give sizes as in shard(auto, mesh=\"fsdp=32,tensor=4\")"
+            )
+        for name in ("mesh", "budget", "target"):
+            if not self.auto and getattr(self, name) not in (None, _AUTO):
+                raise PipelineError(f"shard: '{name}' is for auto: shard(auto, {name}=...)")
+        if self.optimizer < 0 or self.compiles < 0:
+            raise PipelineError("shard: optimizer and compiles are 0 or more")
+
+    @property
+    def undecided(self) -> bool:
+        return self.auto
 
     # -- The mesh -----------------------------------------------------------------------------------------------------
 
@@ -156,7 +199,10 @@ class Shard(Pass):
         zero = self._zero_axes[0]
         return tuple(n for name in self._batch for n in ((name, RING) if name == zero and RING in sizes else (name,)))
 
-    def mesh_axes(self, target: Target | None) -> dict[str, int]:
+    def mesh_axes(self, target: Target | None) -> dict[str, int] | None:
+        return None if self.auto else self._mesh_axes(target)
+
+    def _mesh_axes(self, target: Target | None) -> dict[str, int]:
         if target is None or target.chip.platform == "cpu":
             return self._sizes(None)
         sizes, zero = self._sizes(target.num_devices), self._zero_axes[0]
@@ -188,16 +234,34 @@ class Shard(Pass):
     def run(self, program: Program, context: Context) -> PassResult:
         if program.placement.mesh is not None:
             raise ShardingError(f"'{program.name}' is laid over a mesh already: shard a program once")
-        sizes = self.mesh_axes(context.target)
         for captured in program.graphs.values():
             _refuse_explicit(captured)
+        meanings = {key: Meaning(captured, program.declared) for key, captured in program.graphs.items()}
+        if self.auto:
+            return self._chosen(program, meanings, context)
+        return self._run(program, meanings, self._mesh_axes(context.target))
+
+    def _run(self, program: Program, meanings: Mapping[Any, Meaning], sizes: Mapping[str, int]) -> PassResult:
+        laid = self._laid(program, meanings, sizes)
+        decisions = {
+            "mesh": tuple(sizes.items()),
+            "compute": {path: spec_text(spec) for path, spec in laid.compute.items() if axes_of(spec)},
+            "gathered": {path: spec_text(spec) for path, spec in laid.gathered.items()},
+            "declared": program.declared,
+        }
+        graphs = {key: self._rewritten(program.graphs[key], meanings[key], decisions) for key in meanings}
+        program = program.replace(graphs=graphs, placement=laid.placement)
+        return PassResult(program, laid.reports, decisions, laid.notes)
+
+    def _laid(self, program: Program, meanings: Mapping[Any, Meaning], sizes: Mapping[str, int]) -> Laying:
+        """How the parameters of a program lie."""
         chosen = {path.name for path in self.select(map(ParameterPath, program.params), what="parameter")}
         notes: dict[str, list[str]] = {}
         compute: dict[str, PartitionSpec] = {}
         fused, stacked = dict[str, str](), set[str]()
-        meanings = {key: Meaning(captured, program.declared) for key, captured in program.graphs.items()}
-        for meaning in meanings.values():
-            layout = self._layout(meaning, sizes, notes, strict=not compute)
+        layouts = dict[Any, Layout]()
+        for key, meaning in meanings.items():
+            layout = layouts[key] = self._layout(meaning, sizes, notes, strict=not compute)
             for path, spec in self._compute(layout).items():
                 if path in chosen:
                     compute.setdefault(path, spec)
@@ -229,12 +293,6 @@ class Shard(Pass):
         for path in ruled:
             entries = entries_of(compute[path], program.params[path].ndim)
             compute[path] = spec_of([n for n in names if n not in self._zero_axes] for names in entries)
-        decisions = {
-            "mesh": tuple(sizes.items()),
-            "compute": {path: spec_text(spec) for path, spec in compute.items() if axes_of(spec)},
-            "gathered": {path: spec_text(stored[path]) for path in stored if self._gathers(compute, stored, path)},
-            "declared": program.declared,
-        }
         zero3 = self._stage >= _STAGES
         placement = program.placement.replace(
             mesh=_mesh(sizes),
@@ -243,12 +301,37 @@ class Shard(Pass):
             gradients={path: stored[path] for path in stored if self._stage > 1 and axes_of(stored[path])},
             batch=self._batch_axes(sizes),
         )
-        graphs = {key: self._rewritten(program.graphs[key], meanings[key], decisions) for key in meanings}
         told = tuple(
             f"{', '.join(list(dict.fromkeys(names))[:2])}{', ...' if len(names) > 2 else ''}: {note}"
             for note, names in notes.items()
         )
-        return PassResult(program.replace(graphs=graphs, placement=placement), tuple(reports), decisions, told)
+        gathered = {path: stored[path] for path in stored if self._gathers(compute, stored, path)}
+        return Laying(placement, compute, gathered, layouts, tuple(reports), told)
+
+    def _chosen(self, program: Program, meanings: Mapping[Any, Meaning], context: Context) -> PassResult:
+        """The fastest way to lay a program over the target's devices, and the pass that does so."""
+        target = choosing.target_of(self.target, context)
+
+        def plain(candidate: Candidate) -> Shard:
+            return Shard(at=self.at, strict=self.strict, rules=self.rules, **candidate.options())
+
+        def lay(candidate: Candidate) -> Laying:
+            made = plain(candidate)
+            return made._laid(program, meanings, made._mesh_axes(target))
+
+        def apply(candidate: Candidate) -> Program:
+            made = plain(candidate)
+            return made._run(program, meanings, made._mesh_axes(target)).program
+
+        given = None if self.mesh == _AUTO else choosing.parse_mesh(self.mesh, target)
+        key = choosing.loss_of(program)
+        problem = choosing.Problem(
+            program, key, meanings[key], context, target, self.optimizer, self.budget, given, lay, apply
+        )
+        found = choosing.choose(problem, self.compiles)
+        settled = plain(found.best.candidate)
+        result = settled._run(program, meanings, settled._mesh_axes(target))
+        return dataclasses.replace(result, notes=(*result.notes, *found.told()), settled=settled)
 
     def _layout(
         self,
