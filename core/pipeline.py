@@ -209,6 +209,7 @@ def run_pass(pass_: Pass, program: Program, context: Context, instruments: Seque
             before=before,
             after=Footprint.of(result.program),
             seconds=seconds,
+            asked=None if result.settled is None else pass_,
         )
         left = result.program.replace(history=(*program.history, record)) if result.changed else program
         step = Step(pass_, program, left, result, context, seconds)

@@ -111,6 +111,7 @@ class PassRecord:
         after: size of the parameters that it left.
         seconds: time that it took.
         metrics: what instruments found, by name; bytes, FLOPs and seconds say so at its end. A pair is (before, after).
+        asked: the pass as it was given, if it chose options by itself.
     """
 
     pass_: "Pass"
@@ -121,6 +122,7 @@ class PassRecord:
     after: Footprint
     seconds: float
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    asked: "Pass | None" = None
 
     @property
     def text(self) -> str:

@@ -40,6 +40,7 @@ class Report:
         facts: what was known before compiling.
         compiled: what the compiler made.
         tokens: to train on.
+        chosen: what passes said of what they chose by themselves.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Report:
     facts: Facts
     compiled: Compiled
     tokens: float
+    chosen: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -218,6 +220,7 @@ def _json(report: Report) -> dict[str, Any]:
             },
             "compiled": {**made, "needed": report.peak_bytes} if memory else {},
         },
+        "chosen": list(report.chosen),
         "passes": {"predicted": [dict(each) for each in facts.passes]},
         "largest_parameters": [
             {"path": path, "format": form, "shape": list(shape), "spec": spec, "bytes": size}

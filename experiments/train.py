@@ -75,7 +75,7 @@ def train(config: Config, console: Console, preemption: Preemption) -> Trained:
             f"tokens for training, {amount(len(corpus.eval.ids))} for evaluation, "
             f"vocabulary {corpus.tokenizer.vocabulary}"
         )
-        program = programs.build_program(config, corpus.tokenizer.vocabulary)
+        program = _built(config, directory, corpus.tokenizer.vocabulary)
         if program.placement.mesh is not None:
             program = program.place()
         describe(program, config, console)
@@ -86,6 +86,18 @@ def train(config: Config, console: Console, preemption: Preemption) -> Trained:
             metrics.plot(directory, console.say)
         trained = program.replace(params=loop.params, state=loop.state.state)
         return Trained(config, directory, trained, corpus, loop.evaluator, evaluation)
+
+
+def _built(config: Config, directory: pathlib.Path, vocabulary: int) -> compax.Program:
+    """The program of a run, with what its passes chose when it began."""
+    if not compax.Pipeline.parse(config.pipeline).undecided:
+        return programs.build_program(config, vocabulary)
+    devices = jax.device_count()
+    if chosen := checkpoint.read_choice(directory, devices):
+        return programs.build_program(programs.with_pipeline(config, chosen), vocabulary)
+    program = programs.build_program(config, vocabulary)
+    checkpoint.write_choice(directory, devices, programs.pipeline_of(program))
+    return program
 
 
 def preflight(config: Config) -> None:

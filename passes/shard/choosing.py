@@ -90,7 +90,9 @@ class Row:
 
 def _told(times: Times) -> str:
     waits = f"{seconds_text(times.waits or 0.0)} waiting"
-    return f"{seconds_text(times.step)} a step ({times.bound}: {seconds_text(times.step - (times.waits or 0))}, {waits})"
+    return (
+        f"{seconds_text(times.step)} a step ({times.bound}: {seconds_text(times.step - (times.waits or 0))}, {waits})"
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,7 +154,7 @@ def target_of(text: str | None, context: Context) -> Target:
     )
 
 
-def parse_mesh(text: str, target: Target) -> dict[str, int]:
+def parse_mesh(text: str) -> dict[str, int]:
     """The sizes of a mesh that is given, such as `fsdp=32,tensor=4`.
 
     Raises:
@@ -183,15 +185,11 @@ def choose(problem: Problem, compiles: int) -> Found:
         BudgetError: nothing fits.
         ShardingError: nothing divides.
     """
-    after, notes = _followed(problem.program, problem.context)
-    graph = after.graph(problem.key[0])
-    step = train_step(after, graph, problem.optimizer)
-    model = Model(problem.program, problem.key, problem.meaning, step, after, graph, problem.target)
-    rows = predicted_rows(problem, model)
+    rows, notes = predicted_rows(problem)
     limit = problem.budget or round((1 - _RESERVE) * problem.target.device_memory_bytes)
     if compiles:
         try:
-            return _compiled(problem, model, rows, compiles, notes)
+            return _compiled(problem, rows, compiles, notes)
         except NoCompilerError as error:
             notes = (*notes, f"predicted, not compiled: {error}")
     fitting = [row for row in rows if row.predicted.peak <= limit]
@@ -216,14 +214,20 @@ def _no_compiler(*_: Any) -> int:
     raise NoCompilerError("figures are predicted while a mesh is chosen")
 
 
-def predicted_rows(problem: Problem, model: Model) -> list[Row]:
-    """All candidates that divide, with their predictions, the fastest first.
+def predicted_rows(problem: Problem, *, prune: bool = True) -> tuple[list[Row], tuple[str, ...]]:
+    """All candidates that divide, with their predictions, the fastest first; and notes.
 
-    One whose bound from below is over the time of what fits is not looked at.
+    Args:
+        problem: what to choose for.
+        prune: leave out those whose bound from below is over the time of one that fits.
 
     Raises:
         ShardingError: none divides.
     """
+    after, notes = _followed(problem.program, problem.context)
+    graph = after.graph(problem.key[0])
+    step = train_step(after, graph, problem.optimizer)
+    model = Model(problem.program, problem.key, problem.meaning, step, after, graph, problem.target)
     target, budget = problem.target, problem.budget or problem.target.device_memory_bytes
     experts = [composite for composite in model.meaning.composites if isinstance(composite, Experts)]
     num_experts = math.gcd(*(math.prod(atom.size for atom in found.experts) for found in experts)) or 1
@@ -237,7 +241,7 @@ def predicted_rows(problem: Problem, model: Model) -> list[Row]:
         if batch % candidate.batch_shards:
             declined[f"{candidate}: a batch of {batch} does not divide over {candidate.batch_shards}"] = None
             continue
-        if model.least_seconds(candidate, problem.devices) > best:
+        if prune and model.least_seconds(candidate, problem.devices) > best:
             continue
         try:
             laid = problem.lay(candidate)
@@ -253,8 +257,10 @@ def predicted_rows(problem: Problem, model: Model) -> list[Row]:
         if row.predicted.peak <= (1 - _RESERVE) * budget:
             best = min(best, row.predicted.times.step)
     if not rows:
-        raise ShardingError(f"no mesh of {problem.devices} devices divides the program: {'; '.join(list(declined)[:3])}")
-    return sorted(rows, key=_rank)
+        raise ShardingError(
+            f"no mesh of {problem.devices} devices divides the program: {'; '.join(list(declined)[:3])}"
+        )
+    return sorted(rows, key=_rank), notes
 
 
 def _rank(row: Row) -> tuple[Any, ...]:
@@ -262,9 +268,7 @@ def _rank(row: Row) -> tuple[Any, ...]:
     return round(row.predicted.times.step, 9), len(row.candidate.options()), row.predicted.peak
 
 
-def _compiled(
-    problem: Problem, model: Model, rows: list[Row], compiles: int, notes: tuple[str, ...]
-) -> Found:
+def _compiled(problem: Problem, rows: list[Row], compiles: int, notes: tuple[str, ...]) -> Found:
     """The fastest of those that are compiled, which correct what is predicted of the others."""
     limit = problem.budget or problem.target.device_memory_bytes
     done, more = list[Row](), list[str]()
@@ -278,13 +282,15 @@ def _compiled(
             index = min(range(len(left)), key=lambda i: left[i].predicted.peak)
         row = left.pop(index)
         try:
-            figures = compiled_step(problem, row.candidate)
+            row = compiled_row(problem, row)
         except NoCompilerError:
             raise
         except CompileError as error:
             more.append(f"{row.candidate} was not compiled: {error}")
             continue
-        done.append(dataclasses.replace(row, compiled=figures, times=_times(problem, row.candidate, figures)))
+        done.append(row)
+        figures = row.compiled
+        assert figures is not None
         larger = figures.peak / row.predicted.peak
         if figures.fits and row.predicted.times.memory:
             ratio = figures.traffic / problem.target.device_memory_bandwidth / row.predicted.times.memory
@@ -295,6 +301,17 @@ def _compiled(
         least = min((row.compiled.peak for row in done if row.compiled), default=rows[0].predicted.peak)
         raise BudgetError(_too_little(problem, rows, limit, least, "compiled"))
     return Found(min(fitting, key=_compiled_rank), every, problem, (*notes, *more))
+
+
+def compiled_row(problem: Problem, row: Row) -> Row:
+    """A candidate with what the compiler makes of it.
+
+    Raises:
+        NoCompilerError: nothing here compiles for the target.
+        CompileError: the compiler fails.
+    """
+    figures = compiled_step(problem, row.candidate)
+    return dataclasses.replace(row, compiled=figures, times=_times(problem, row.candidate, figures))
 
 
 def _compiled_rank(row: Row) -> float:

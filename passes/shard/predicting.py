@@ -6,11 +6,13 @@
   but for `tensor`, however small the batch is.
 - Exchanges: parameters that are stored in parts are gathered for the forward pass, and again for the backward pass
   inside of loops and of what is computed again; gradients are scattered, or summed whole, in the dtype that the
-  parameter is used in; products over a split dimension are summed over `tensor`, and so are gradients of what goes into
-  products that split their result; with `sequence` both are a scatter and a gather. Tokens go to their experts and back.
-- Overlap: gathers and scatters of parameters and gradients hide behind compute and memory, as far as these take longer
-  (`compax.tpu.options`); sums of activations, sums of whole gradients and exchanges over the network between slices
-  after the last gradient are waited for. Step = max(compute, memory, hidden) + waits (`compax.analysis.times`).
+  parameter is used in; products over a split dimension are summed over `tensor`, and so are gradients of what goes
+  into products that split their result; with `sequence` both are a scatter and a gather. Tokens go to their experts and
+  back.
+- Overlap, as libtpu 0.0.42 compiles with `compax.tpu.options`: gathers and scatters of parameters and gradients hide
+  behind compute and memory, as far as these take longer, and so do those of activations that the backward pass needs;
+  sums of activations and of whole gradients, exchanges between experts, and scatters and gathers of activations in the
+  forward pass are waited for. Step = max(compute, memory, hidden) + waits (`compax.analysis.times`).
 - Memory: parameters, gradients and the optimizer's state by their specs; what is alive at the peak of the step of the
   whole batch on one device, each buffer over the axes that split values of its shape; parameters gathered for one turn
   and the next.
@@ -19,7 +21,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,15 +35,15 @@ from compax.analysis.program_cost import owner_names, owner_of
 from compax.analysis.times import Times
 from compax.analysis.training import TrainStep
 from compax.capture import Captured
-from compax.composites.base import Attention, Experts
+from compax.composites.base import Attention, Experts, FeedForward
 from compax.encoding import nbytes
 from compax.ir import Op, Path
 from compax.meaning import Meaning
 from compax.mesh_links import DCN, MeshLinks
 from compax.passes.shard.activations import positions_of
 from compax.passes.shard.candidates import Candidate
-from compax.passes.shard.layout import MODEL, Laying, Layout
-from compax.placement import axes_of
+from compax.passes.shard.layout import MODEL, Laying, Layout, word
+from compax.placement import axes_of, entries_of
 from compax.program import GraphKey, Program
 from compax.raising import Site, find_sites
 from compax.target import Kind, Target
@@ -147,6 +149,11 @@ class Model:
         again = {sites[path].parameter for path in places if path in sites}
         self.again = frozenset(path for path in again if path is not None)
         self.uses = list(self._uses(program.graphs[key]))
+        self.lookups = {
+            use.site.uses[0].parameter: 4 * use.out_bytes // use.site.op.outputs[0].dtype.itemsize
+            for use in self.uses
+            if use.site.kind == "embedding"
+        }
         self.parameters_of = {site.name: site.parameter for site in sites.values() if site.parameter}
         self.slots = len(jax.tree.leaves(step.arguments["optimizer"])) / max(1, len(program.partition()[0]))
         # Devices that a machine stands for share its speed.
@@ -183,7 +190,6 @@ class Model:
     def _rate(self, dtype: str) -> float:
         return self.target.rate(_unit(dtype)).flops_per_second / self._sharing
 
-
     def predict(self, candidate: Candidate, laid: Laying) -> Predicted:
         """What a step takes on each device.
 
@@ -213,9 +219,7 @@ class Model:
         sizes, batch = layout.sizes, candidate.batch_shards
         trainable = self.program.partition()[0]
         whole = sum(map(nbytes, trainable.values()))
-        kept = sum(
-            nbytes(x) / _ways(laid.placement.optimizer_spec(path), sizes) for path, x in trainable.items()
-        )
+        kept = sum(nbytes(x) / _ways(laid.placement.optimizer_spec(path), sizes) for path, x in trainable.items())
         compute = moved = 0.0
         splits = {name: self._split(name, candidate, laid, layout) for name in self.cost.by_owner}
         for group in self.cost.kernels:
@@ -238,8 +242,8 @@ class Model:
             found = _ways(laid.compute.get(path, PartitionSpec()), layout.sizes, ("tensor",))
         composite = next((each for each in self.meaning.composites if each.name == owner), None)
         if isinstance(composite, Attention):
-            found = tensor if layout.dimension((*composite.groups, *composite.repeats)[:1]) else 1
-        elif composite is not None and getattr(composite, "hidden", None) is not None:
+            found = tensor if layout.dimension((*composite.groups, *composite.repeats)) else 1
+        elif isinstance(composite, (FeedForward, Experts)):
             found = tensor if layout.dimension(composite.hidden) else 1
         return max(found, tensor) if candidate.sequence else found
 
@@ -249,7 +253,7 @@ class Model:
         """The collectives of a step."""
         found = [*self._of_parameters(laid, layout), *self._of_experts(candidate, layout)]
         if candidate.size("tensor") > 1:
-            found += self._of_activations(candidate, laid)
+            found += self._of_activations(candidate, laid, layout)
         return found
 
     def _of_parameters(self, laid: Laying, layout: Layout) -> list[Exchange]:
@@ -277,38 +281,53 @@ class Model:
             if updated and not stored:
                 whole = value.size * value.dtype.itemsize / _ways(compute, sizes)
                 found.append(Exchange("all-gather", whole, tuple(updated), 1))
-            if stored and use is not None and any(each.site.kind == "embedding" for each in self.uses if each.site.parameter == path):
-                # The gradient of a lookup: what is added to rows, of all tokens, is put together before it is cut.
-                size = 4 * use.out_bytes / use.site.op.outputs[0].dtype.itemsize
-                found.append(Exchange("all-gather", size, tuple(n for n in placement.batch if n != DCN), hidden=True))
+            if stored and path in self.lookups:
+                found.append(self._lookup(path, laid, sizes))
         found += [Exchange("all-reduce", size, axes) for axes, size in summed.items() if axes]
         return found
 
-    def _of_activations(self, candidate: Candidate, laid: Laying) -> list[Exchange]:
-        found, seen = list[Exchange](), set[Any]()
-        kinds: tuple[Kind, Kind] = ("reduce-scatter", "all-gather") if candidate.sequence else ("all-reduce",) * 2
+    def _lookup(self, path: str, laid: Laying, sizes: Mapping[str, int]) -> Exchange:
+        """The gradient of a table that is stored in parts: what is added to its rows, of all tokens, is put together.
+
+        Or the table is summed whole, if that is less. Where `tensor` splits rows, tokens go where their rows are.
+        """
+        batch = tuple(name for name in laid.placement.batch if name != DCN)
+        tokens, table = self.lookups[path], 4 * self.program.params[path].size
+        if axes_of(laid.compute.get(path, PartitionSpec())):
+            return Exchange("all-to-all", tokens / _parts(batch, sizes), batch)
+        return (
+            Exchange("all-reduce", table, batch) if table < tokens else Exchange("all-gather", tokens, batch, 1, True)
+        )
+
+    def _of_activations(self, candidate: Candidate, laid: Laying, layout: Layout) -> list[Exchange]:
+        found, seen = list[Exchange](), set[Val]()
         for use in self.uses:
             (of,) = use.site.uses
-            spec = laid.compute.get(of.parameter, PartitionSpec())
-            split = [d for d, names in enumerate(spec) if names and "tensor" in (names if isinstance(names, tuple) else (names,))]
+            entries = entries_of(laid.compute.get(of.parameter, PartitionSpec()), 0)
+            split = {d for d, names in enumerate(entries) if "tensor" in names}
             if not split:
                 continue
-            again = of.parameter in self.again
-            if use.site.kind == "embedding":
-                inner = not set(split).issubset(of.reduced)
-            else:
-                inner = set(split).issubset(of.reduced)
+            # A lookup returns some dimensions of a table, and adds up over the others; a product the other way round.
+            summed = split.issubset(of.reduced) != (use.site.kind == "embedding")
             out, x = (size / candidate.batch_shards for size in (use.out_bytes, use.x_bytes))
-            if inner:
-                found.append(Exchange(kinds[0], out, ("tensor",), use.count * (1 + again)))
-                if candidate.sequence and use.site.kind == "linear":
-                    found.append(Exchange("all-gather", out, ("tensor",), use.count))
+            again = use.count * (of.parameter in self.again)
+            if summed:
+                found += _summed(out, use.count, again, sequence=candidate.sequence, gradient=use.site.kind == "linear")
             elif use.x is not None and use.x not in seen:
                 seen.add(use.x)
-                if candidate.sequence:
-                    found.append(Exchange("all-gather", x, ("tensor",), use.count * (1 + again)))
-                found.append(Exchange(kinds[0], x, ("tensor",), use.count))
+                found += _shared(x, use.count, again, sequence=candidate.sequence)
+                if candidate.sequence and self._labels(of.parameter, split, layout):
+                    # Logits are cut along positions where the loss looks a label up.
+                    logits = 4 * use.out_bytes / use.site.op.outputs[0].dtype.itemsize
+                    size = logits / candidate.batch_shards / candidate.size("tensor")
+                    found.append(Exchange("all-to-all", size, ("tensor",), use.count))
         return found
+
+    def _labels(self, path: str, split: Iterable[int], layout: Layout) -> bool:
+        """Whether some dimensions of a parameter are the vocabulary."""
+        vocabulary = {axis.atom for axis in self.meaning.axes if word(axis.name) == "vocabulary"}
+        dims = layout.parameters()[path]
+        return any(vocabulary.intersection(layout.expand(dims[d])) for d in split)
 
     def _of_experts(self, candidate: Candidate, layout: Layout) -> list[Exchange]:
         found = list[Exchange]()
@@ -351,10 +370,8 @@ class Model:
             if path in first and first[path].count > 1
         }
         values = self._alive(self.live.alive, splits, stored, candidate)
-        lookup = max(
-            (4 * u.out_bytes / u.site.op.outputs[0].dtype.itemsize for u in self.uses if u.site.kind == "embedding" and u.site.parameter in laid.gathered),
-            default=0.0,
-        )
+        tables = [path for path in self.lookups if path in laid.gathered and not axes_of(laid.compute[path])]
+        lookup = max((min(self.lookups[path], 4 * self.program.params[path].size) for path in tables), default=0)
         working = max(values, gradients, gradients + lookup)
         return round(held), round(working + _PREFETCHED * gathered[True] / 2 + gathered[False] / 2)
 
@@ -363,18 +380,15 @@ class Model:
     ) -> float:
         total = 0.0
         for each in alive:
-            shape = None if each.shape is None else tuple(sorted(each.shape))
-            if each.inside:
-                total += self._alive(each.inside, splits, stored, candidate)
-            elif shape is None:
-                total += each.nbytes / candidate.batch_shards
-            elif shape in stored:
-                total += each.nbytes / stored[shape]
-            else:
-                # What a loop keeps is a stack of values.
-                inner = (tuple(sorted(each.shape[:i] + each.shape[i + 1 :])) for i in range(len(each.shape or ())))
-                ways = splits.get(shape) or next((splits[s] for s in inner if s in splits), candidate.batch_shards)
-                total += each.nbytes / ways
+            if each.shape is None:
+                inside = self._alive(each.inside, splits, stored, candidate)
+                total += inside or each.nbytes / candidate.batch_shards
+                continue
+            shape = tuple(sorted(each.shape))
+            # What a loop keeps is a stack of values.
+            inner = (shape[:i] + shape[i + 1 :] for i in range(len(shape)))
+            known = next((splits[one] for one in (shape, *inner) if one in splits), candidate.batch_shards)
+            total += each.nbytes / stored.get(shape, known)
         return total
 
     def _by_shape(self, candidate: Candidate, layout: Layout) -> dict[tuple[int, ...], int]:
@@ -386,8 +400,8 @@ class Model:
                 if x.static:
                     continue
                 dims = layout.dims(x)
-                names = [name for entry in layout.entries(dims) for name in entry or ()]
-                ways = math.prod(layout.sizes[name] for name in names)
+                names = [name for factors in dims for name in layout.over(factors)]
+                ways = _parts(set(names), layout.sizes)
                 if candidate.sequence and "tensor" not in names:
                     atoms = {atom for factors in dims for atom in layout.expand(factors)}
                     if atoms & positions and atoms & features:
@@ -397,9 +411,26 @@ class Model:
         return found
 
 
-def _steps(
-    kind: Kind, size: float, axes: Sequence[str], sizes: Mapping[str, int], count: int
-) -> list[Exchange]:
+def _summed(size: float, count: int, again: int, *, sequence: bool, gradient: bool) -> list[Exchange]:
+    """Exchanges of a product whose terms lie on several devices: of its result, and of its result's gradient."""
+    if not sequence:
+        return [Exchange("all-reduce", size, ("tensor",), count + again)]
+    found = [Exchange("reduce-scatter", size, ("tensor",), count)]
+    found += [Exchange("reduce-scatter", size, ("tensor",), again, hidden=True)] if again else []
+    return found + ([Exchange("all-gather", size, ("tensor",), count, hidden=True)] if gradient else [])
+
+
+def _shared(size: float, count: int, again: int, *, sequence: bool) -> list[Exchange]:
+    """Exchanges of what goes into products that split their results: of the value, and of its gradient."""
+    if not sequence:
+        return [Exchange("all-reduce", size, ("tensor",), count)]
+    return [
+        Exchange("all-gather", size, ("tensor",), count + again),
+        Exchange("reduce-scatter", size, ("tensor",), count),
+    ]
+
+
+def _steps(kind: Kind, size: float, axes: Sequence[str], sizes: Mapping[str, int], count: int) -> list[Exchange]:
     """A gather or a scatter over axes, one after another: over the last one first, when least has to move."""
     found, size = list[Exchange](), size / _parts(axes, sizes)
     for name in reversed(axes):
@@ -408,7 +439,7 @@ def _steps(
     return found
 
 
-def _parts(axes: Sequence[str], sizes: Mapping[str, int]) -> int:
+def _parts(axes: Iterable[str], sizes: Mapping[str, int]) -> int:
     return math.prod(sizes[name] for name in axes)
 
 

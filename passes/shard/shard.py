@@ -13,13 +13,23 @@ from compax.analysis.atoms import Factors
 from compax.capture import Captured
 from compax.composites.base import Attention, Experts, FeedForward
 from compax.contracts import Exact
-from compax.encoding import Encoded
-from compax.errors import EncodingError, PipelineError, ShardingError
+from compax.errors import PipelineError, ShardingError
 from compax.meaning import Meaning
 from compax.passes.shard import choosing
 from compax.passes.shard.activations import activation_constraints
 from compax.passes.shard.candidates import Candidate
-from compax.passes.shard.layout import Laying, Layout, batches_of, indivisible, split_attention, split_by_rules, word
+from compax.passes.shard.layout import (
+    Laying,
+    Layout,
+    batches_of,
+    encodable,
+    fused_parameters,
+    indivisible,
+    split_attention,
+    split_by_rules,
+    stacked_parameters,
+    word,
+)
 from compax.passes.shard.rules import (
     ARROW,
     AxisRule,
@@ -73,12 +83,10 @@ class Shard(Pass):
     (`hidden->tensor`, `vocabulary->-`) or by parameter (`"blocks.**.up.kernel: -,tensor"`, `"re:.*/up/kernel:
     -,tensor"`); see `compax.passes.shard.rules`. `at` selects parameters that may be split at all.
 
-    `auto` chooses the sizes, the stage and `sequence`: what is predicted to take a train step the least time within
-    the budget. Times are those of `compax.passes.shard.predicting`: rooflines of compute and memory, collectives over
-    the links that the axes lie on, what overlaps and what is waited for. The best few are compiled for the target, if a
-    compiler is at hand, and corrected by what it says; the notes list them. History has the pass with what was chosen,
-    so that nothing is chosen anew where it is replayed. The step is that of the program as it is captured, with the
-    passes that follow this one.
+    `auto` chooses the sizes, the stage and `sequence` by the least time of a train step within the budget, of the
+    program as it is captured and with the passes that follow. Times are predicted (`compax.passes.shard.predicting`
+    says how, and what overlaps); the best few are compiled for the target, if a compiler is at hand. Notes list the
+    alternatives. History has the pass with what was chosen: nothing is chosen anew where it is replayed.
 
     The program's placement has the mesh and the specs; `program.place()` puts its arrays there.
 
@@ -97,7 +105,7 @@ class Shard(Pass):
         zero: the stage; by default 3 where there is `fsdp`, otherwise 0.
         rules: in place of what is found.
         auto: choose the sizes, the stage and `sequence` by predicted time.
-        mesh: sizes that are given to `auto`, such as "fsdp=32,tensor=4"; by default it chooses them.
+        mesh: sizes that are given to `auto`, such as "fsdp=32,tensor=4".
         budget: bytes that one device has for a train step; by default its memory, less what predictions may be off.
         target: the slice, such as `v5p:4x4x8`; by default the one that the context says, or the machine's CPU.
         optimizer: float32 arrays that the optimizer keeps for each parameter.
@@ -160,9 +168,8 @@ class Shard(Pass):
     def _check_auto(self) -> None:
         chosen = [name for name in (*AXES, "sequence", "zero") if getattr(self, name) is not None]
         if self.auto and chosen:
-            raise PipelineError(
-                f"shard: auto chooses '{chosen[0]}': leave it out, or give sizes as in shard(auto, mesh=\"fsdp=32,tensor=4\")"
-            )
+            given = 'shard(auto, mesh="fsdp=32,tensor=4")'
+            raise PipelineError(f"shard: auto chooses '{chosen[0]}': leave it out, or give sizes as in {given}")
         for name in ("mesh", "budget", "target"):
             if not self.auto and getattr(self, name) not in (None, _AUTO):
                 raise PipelineError(f"shard: '{name}' is for auto: shard(auto, {name}=...)")
@@ -265,8 +272,8 @@ class Shard(Pass):
             for path, spec in self._compute(layout).items():
                 if path in chosen:
                     compute.setdefault(path, spec)
-            fused |= self._fused(layout)
-            stacked |= _stacked(layout)
+            fused |= fused_parameters(layout)
+            stacked |= stacked_parameters(layout)
         texts = [rule for rule in self.rules if ARROW not in rule]
         ruled = {path for text in texts for path in ParameterRule.parse(text, sizes, "shard").matched(program.params)}
         compute = parameter_specs(program.params, texts, sizes, compute)
@@ -275,7 +282,7 @@ class Shard(Pass):
         if self._batch:
             reports.append(SiteReport("batch", "axis", "rewritten", f"split over {'+'.join(self._batch_axes(sizes))}"))
         for path, value in program.params.items():
-            spec, why = _encodable(value, compute[path])
+            spec, why = encodable(value, compute[path])
             compute[path] = spec
             split, reason = (
                 self._stored(value, spec, sizes, stacked=path in stacked)
@@ -309,29 +316,42 @@ class Shard(Pass):
         return Laying(placement, compute, gathered, layouts, tuple(reports), told)
 
     def _chosen(self, program: Program, meanings: Mapping[Any, Meaning], context: Context) -> PassResult:
-        """The fastest way to lay a program over the target's devices, and the pass that does so."""
+        """What `auto` chose, done."""
+        found = choosing.choose(self.problem(program, meanings, context), self.compiles)
+        settled = self._plain(found.best.candidate)
+        result = settled._run(program, meanings, settled._mesh_axes(found.problem.target))
+        return dataclasses.replace(result, notes=(*result.notes, *found.told()), settled=settled)
+
+    def problem(self, program: Program, meanings: Mapping[Any, Meaning], context: Context) -> choosing.Problem:
+        """What `auto` chooses for.
+
+        Args:
+            program: the program.
+            meanings: of its graphs.
+            context: what else is known.
+
+        Raises:
+            ShardingError: the program has no loss.
+            PipelineError: the target is not known, or the mesh that is given is malformed.
+        """
         target = choosing.target_of(self.target, context)
 
-        def plain(candidate: Candidate) -> Shard:
-            return Shard(at=self.at, strict=self.strict, rules=self.rules, **candidate.options())
-
         def lay(candidate: Candidate) -> Laying:
-            made = plain(candidate)
+            made = self._plain(candidate)
             return made._laid(program, meanings, made._mesh_axes(target))
 
         def apply(candidate: Candidate) -> Program:
-            made = plain(candidate)
+            made = self._plain(candidate)
             return made._run(program, meanings, made._mesh_axes(target)).program
 
-        given = None if self.mesh == _AUTO else choosing.parse_mesh(self.mesh, target)
-        key = choosing.loss_of(program)
-        problem = choosing.Problem(
+        key, given = choosing.loss_of(program), None if self.mesh == _AUTO else choosing.parse_mesh(self.mesh)
+        return choosing.Problem(
             program, key, meanings[key], context, target, self.optimizer, self.budget, given, lay, apply
         )
-        found = choosing.choose(problem, self.compiles)
-        settled = plain(found.best.candidate)
-        result = settled._run(program, meanings, settled._mesh_axes(target))
-        return dataclasses.replace(result, notes=(*result.notes, *found.told()), settled=settled)
+
+    def _plain(self, candidate: Candidate) -> "Shard":
+        """The same pass with the options of a candidate."""
+        return Shard(at=self.at, strict=self.strict, rules=self.rules, **candidate.options())
 
     def _layout(
         self,
@@ -391,14 +411,6 @@ class Shard(Pass):
             for path, dims in layout.parameters().items()
         }
 
-    def _fused(self, layout: Layout) -> dict[str, str]:
-        """Parameters in which axes that are split lie side by side or behind others, and why they are whole."""
-        return {
-            path: "what is split lies side by side in one dimension of it: whole, and computed on each device"
-            for path, dims in layout.parameters().items()
-            if None in layout.entries(dims)
-        }
-
     def _check_use(self, program: Program, compute: Mapping[str, PartitionSpec]) -> None:
         """Refuses axes of the mesh that split nothing."""
         used = {name for spec in compute.values() for name in axes_of(spec)}
@@ -435,7 +447,7 @@ class Shard(Pass):
         for d in sorted(range(first, value.ndim), key=rank):
             if room[d] % parts == 0:
                 found = spec_of([*entries[:d], (*entries[d], *over), *entries[d + 1 :]])
-                if _encodable(value, found)[0] == found:
+                if encodable(value, found)[0] == found:
                     return found, ""
         return compute, f"no dimension of {list(value.shape)} divides by {parts}: whole on each device"
 
@@ -479,22 +491,6 @@ class Shard(Pass):
 
 def _mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-
-
-def _stacked(layout: Layout) -> set[str]:
-    """Parameters of which each turn of a loop takes a part: their first dimension is that of the turns."""
-    layers = {axis.atom for axis in layout.meaning.axes if word(axis.name) == "layers"}
-    return {path for path, dims in layout.parameters().items() if dims and layers.intersection(layout.expand(dims[0]))}
-
-
-def _encodable(value: Any, spec: PartitionSpec) -> tuple[PartitionSpec, str]:
-    """The spec, or none and the reason where an encoding cannot be split so."""
-    if isinstance(value, Encoded) and axes_of(spec):
-        try:
-            value.spec(spec)
-        except EncodingError as error:
-            return PartitionSpec(), f"{value.format} cannot be split by {spec_text(spec)}: {error}"
-    return spec, ""
 
 
 def _refuse_explicit(captured: Captured) -> None:
