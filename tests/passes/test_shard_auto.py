@@ -48,7 +48,7 @@ def test_a_small_model_with_a_large_batch_is_data_parallel() -> None:
 def test_parameters_are_split_where_memory_is_short() -> None:
     program = capture(64, num_layers=8)
     assert chosen(program) == Shard(data=8)
-    assert chosen(program, f"shard(auto, compiles=0, budget=8MB, rules=[{WHOLE}])").fsdp is not None
+    assert chosen(program, f"shard(auto, compiles=0, budget=7.85MB, rules=[{WHOLE}])").fsdp is not None
 
 
 def test_parameters_are_split_where_compute_hides_their_gathers() -> None:
@@ -77,7 +77,9 @@ def test_experts_are_split_where_they_are_larger_than_what_they_compute() -> Non
     program = Pipeline.parse(AUTO)(base, target=SLICE)
     assert program.history[-1].pass_ == Shard(expert=8)
     program = program.place()
-    gradients = [jax.grad(lambda p, at=at: at.apply(p, at.state, x)[0])(dict(at.params)) for at in (program, base)]
+    gradients = [
+        jax.jit(jax.grad(lambda p, at=at: at.apply(p, at.state, x)[0]))(dict(at.params)) for at in (program, base)
+    ]
     for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * float(jnp.abs(other).max()))
 
@@ -138,7 +140,7 @@ def test_the_best_are_compiled_where_there_is_a_compiler() -> None:
 
 
 def test_a_budget_that_cannot_be_met_says_the_least() -> None:
-    with pytest.raises(BudgetError, match=r"needs least, .* B \(predicted\).*remat.*more chips"):
+    with pytest.raises(BudgetError, match=r"needs least, 777.1 kB \(predicted\).*remat.*more chips"):
         Pipeline.parse("shard(auto, compiles=0, budget=1KiB)")(capture(8), target=SLICE)
 
 
