@@ -7,8 +7,10 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
+from compax import _jax
 from compax.analysis.atoms import Atom, Factors
 from compax.analysis.normal import Val
+from compax.capture import Captured
 from compax.composites.base import Attention
 from compax.encoding import Encoded
 from compax.errors import EncodingError, ShardingError
@@ -254,3 +256,12 @@ def fused_parameters(layout: Layout) -> dict[str, str]:
         for path, dims in layout.parameters().items()
         if None in layout.entries(dims)
     }
+
+
+def refuse_explicit(captured: Captured) -> None:
+    """Raises `ShardingError` for a graph that has shardings in its types."""
+    if any(_jax.is_explicit_type(value.aval) for value in captured.graph.inputs):
+        raise ShardingError(
+            f"'{captured.entry.name}' was captured with shardings in its types (a mesh with Explicit axes); "
+            "capture it under a mesh whose axes are Auto, or under none"
+        )

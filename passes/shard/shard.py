@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from compax import _jax
 from compax.analysis.atoms import Factors
 from compax.capture import Captured
 from compax.composites.base import Attention, Experts, FeedForward
@@ -25,6 +24,7 @@ from compax.passes.shard.layout import (
     encodable,
     fused_parameters,
     indivisible,
+    refuse_explicit,
     split_attention,
     split_by_rules,
     stacked_parameters,
@@ -242,7 +242,7 @@ class Shard(Pass):
         if program.placement.mesh is not None:
             raise ShardingError(f"'{program.name}' is laid over a mesh already: shard a program once")
         for captured in program.graphs.values():
-            _refuse_explicit(captured)
+            refuse_explicit(captured)
         meanings = {key: Meaning(captured, program.declared) for key, captured in program.graphs.items()}
         if self.auto:
             return self._chosen(program, meanings, context)
@@ -491,11 +491,3 @@ class Shard(Pass):
 
 def _mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-
-
-def _refuse_explicit(captured: Captured) -> None:
-    if any(_jax.is_explicit_type(value.aval) for value in captured.graph.inputs):
-        raise ShardingError(
-            f"'{captured.entry.name}' was captured with shardings in its types (a mesh with Explicit axes); "
-            "capture it under a mesh whose axes are Auto, or under none"
-        )
