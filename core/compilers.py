@@ -1,4 +1,4 @@
-"""What a function needs of a device's memory, by the compiler: the machine's own, or one that needs no device."""
+"""What a function needs of a device, or of each over a mesh, by a compiler: the machine's, or one without devices."""
 
 import dataclasses
 import importlib

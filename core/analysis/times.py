@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Where the time of a step goes: predicted from the compiled program and the chip's table.
+    """Where the time of a step goes: predicted from the compiled program, or its graph, and the chip's table.
 
     The step takes the longest of compute, memory and the collectives that can hide behind them, and then waits for
     those that cannot: a roofline, which no program beats and most miss by some way.

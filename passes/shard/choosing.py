@@ -16,7 +16,7 @@ from compax.meaning import Meaning
 from compax.mesh_links import MeshLinks
 from compax.passes.shard.activations import positions_of
 from compax.passes.shard.candidates import Candidate, candidates, variants
-from compax.passes.shard.compiling import compiled_step
+from compax.passes.shard.compiling import compiled_step, followed
 from compax.passes.shard.layout import Laying, batches_of
 from compax.passes.shard.predicting import Model, Predicted
 from compax.printing import bytes_text, seconds_text
@@ -198,22 +198,6 @@ def choose(problem: Problem, compiles: int) -> Found:
     return Found(fitting[0], tuple(rows), problem, notes)
 
 
-def _followed(program: Program, context: Context) -> tuple[Program, tuple[str, ...]]:
-    """A program with the passes that follow, by their predictions; and which of them could not be looked at."""
-    notes = list[str]()
-    alone = dataclasses.replace(context, following=(), donate=False, compiled_peak=_no_compiler)
-    for pass_ in context.following:
-        try:
-            program = pass_.run(program, alone).program
-        except CompaxError as error:
-            notes.append(f"predicted without {pass_.name}: {error}")
-    return program, tuple(notes)
-
-
-def _no_compiler(*_: Any) -> int:
-    raise NoCompilerError("figures are predicted while a mesh is chosen")
-
-
 def predicted_rows(problem: Problem, *, prune: bool = True) -> tuple[list[Row], tuple[str, ...]]:
     """All candidates that divide, with their predictions, the fastest first; and notes.
 
@@ -224,7 +208,7 @@ def predicted_rows(problem: Problem, *, prune: bool = True) -> tuple[list[Row], 
     Raises:
         ShardingError: none divides.
     """
-    after, notes = _followed(problem.program, problem.context)
+    after, notes = followed(problem.program, problem.context)
     graph = after.graph(problem.key[0])
     step = train_step(after, graph, problem.optimizer)
     model = Model(problem.program, problem.key, problem.meaning, step, after, graph, problem.target)
@@ -260,6 +244,8 @@ def predicted_rows(problem: Problem, *, prune: bool = True) -> tuple[list[Row], 
         raise ShardingError(
             f"no mesh of {problem.devices} devices divides the program: {'; '.join(list(declined)[:3])}"
         )
+    if unknown := model.cost.unknown:
+        notes = (*notes, f"predicted without {len(unknown)} operations of which nothing is known, such as {unknown[0]}")
     return sorted(rows, key=_rank), notes
 
 

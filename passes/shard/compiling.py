@@ -9,11 +9,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from compax import compilers
 from compax.analysis.training import Optimizer, keeping, train_step
 from compax.compilers import StepFigures
-from compax.errors import CompaxError
+from compax.errors import CompaxError, NoCompilerError
 from compax.passes.shard.candidates import Candidate
 from compax.passes.shard.layout import Layout
 from compax.placement import leaf_specs
 from compax.program import Program
+from compax.transform import Context
 
 if TYPE_CHECKING:
     from compax.passes.shard.choosing import Problem
@@ -26,12 +27,7 @@ def compiled_step(problem: "Problem", candidate: Candidate) -> StepFigures:
         NoCompilerError: nothing here compiles for the target.
         CompileError: the compiler fails.
     """
-    program = problem.apply(candidate)
-    for pass_ in problem.context.following:
-        try:
-            program = pass_.run(program, dataclasses.replace(problem.context, following=(), donate=False)).program
-        except CompaxError:
-            continue
+    program, _ = followed(problem.apply(candidate), problem.context)
     layout = problem.lay(candidate).layouts[problem.key]
     captured = program.graph(problem.key[0])
     placement = program.placement
@@ -47,6 +43,22 @@ def compiled_step(problem: "Problem", candidate: Candidate) -> StepFigures:
     function, shapes, donated = step.plain(captured)
     shardings = _shardings(program, tuple(step.arguments), shapes, layout)
     return compilers.step_figures(function, shapes, donated, problem.target, shardings)
+
+
+def followed(program: Program, context: Context) -> tuple[Program, tuple[str, ...]]:
+    """A program with the passes that follow, by their predictions; and which of them could not be looked at."""
+    notes = list[str]()
+    alone = dataclasses.replace(context, following=(), donate=False, compiled_peak=_no_compiler)
+    for pass_ in context.following:
+        try:
+            program = pass_.run(program, alone).program
+        except CompaxError as error:
+            notes.append(f"predicted without {pass_.name}: {error}")
+    return program, tuple(notes)
+
+
+def _no_compiler(*_: Any) -> int:
+    raise NoCompilerError("figures are predicted while a mesh is chosen")
 
 
 def _shardings(program: Program, names: tuple[str, ...], shapes: tuple[Any, ...], layout: Layout) -> tuple[Any, ...]:

@@ -176,7 +176,7 @@ class Model:
     def least_seconds(self, candidate: Candidate, devices: int) -> float:
         """A bound from below, without looking at how values lie.
 
-        Products are split evenly, and parameters that do not fit whole cross each device's links.
+        Products are split evenly, and parameters that are stored in parts cross each device's links once in 16 bits.
         """
         work = sum(
             flops * group.count / self._rate(dtype) for group in self.cost.kernels for dtype, flops in group.products
@@ -260,27 +260,28 @@ class Model:
         placement, sizes, found = laid.placement, layout.sizes, list[Exchange]()
         summed: dict[tuple[str, ...], float] = collections.defaultdict(float)
         first = {use.site.parameter: use for use in reversed(self.uses)}
-        for path, value in self.program.partition()[0].items():
+        trainable = self.program.partition()[0]
+        for path, value in self.program.params.items():
             use = first.get(path)
-            count = use.count if use is not None else 1
-            itemsize = value.dtype.itemsize
-            if use is not None and use.site.kind == "linear":
-                itemsize = min(itemsize, use.site.primitive.inputs[use.site.weight].dtype.itemsize)
+            count, whole = (1 if use is None else use.count), nbytes(value)
+            if use is not None:
+                whole = min(whole, value.size * use.site.primitive.inputs[use.site.weight].dtype.itemsize)
             compute = laid.compute.get(path, PartitionSpec())
-            size = value.size * itemsize / _ways(compute, sizes)
+            size = whole / _ways(compute, sizes)
             stored = [name for name in axes_of(placement.spec(path)) if name not in axes_of(compute)]
-            scattered = [name for name in axes_of(placement.gradient_spec(path)) if name not in axes_of(compute)]
-            updated = [name for name in axes_of(placement.optimizer_spec(path)) if name not in axes_of(compute)]
             if stored:
                 times = 2 if count > 1 or path in self.again else 1
                 found += _steps("all-gather", size / count, stored, sizes, times * count)
+            if path not in trainable:
+                continue
+            scattered = [name for name in axes_of(placement.gradient_spec(path)) if name not in axes_of(compute)]
+            updated = [name for name in axes_of(placement.optimizer_spec(path)) if name not in axes_of(compute)]
             if scattered:
                 found += _steps("reduce-scatter", size / count, scattered, sizes, count)
             rest = tuple(n for n in placement.batch if n not in scattered and n not in axes_of(compute))
             summed[rest] += size / _parts(scattered, sizes)
             if updated and not stored:
-                whole = value.size * value.dtype.itemsize / _ways(compute, sizes)
-                found.append(Exchange("all-gather", whole, tuple(updated), 1))
+                found.append(Exchange("all-gather", nbytes(value) / _ways(compute, sizes), tuple(updated)))
             if stored and path in self.lookups:
                 found.append(self._lookup(path, laid, sizes))
         found += [Exchange("all-reduce", size, axes) for axes, size in summed.items() if axes]
