@@ -21,7 +21,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -145,10 +145,17 @@ class Model:
         self.cost: Cost = graph_cost(traced.graph, owner, target=target)
         self.live: Liveness = liveness(traced, target.chip.platform, donated=step.donated)
         sites = {site.path: site for site in find_sites(captured)}
-        places = [place.path for place in traced.places.values() if place.phase == "recompute"]
-        again = {sites[path].parameter for path in places if path in sites}
-        self.again = frozenset(path for path in again if path is not None)
+        places = [place.path for place in traced.places.values() if place.phase == "recompute" and place.path]
+        self.again = {sites[path].parameter for path in places if path in sites}
+        bodies = {path[:-1] for path in places} - {()}
+        self.inside = {
+            site.parameter for path, site in sites.items() if any(path[:d] in bodies for d in range(1, len(path)))
+        }
         self.uses = list(self._uses(program.graphs[key]))
+        self.itemsizes: dict[str, int] = {}
+        for use in self.uses:
+            path, size = use.site.uses[0].parameter, use.site.primitive.inputs[use.site.weight].dtype.itemsize
+            self.itemsizes[path] = min(size, self.itemsizes.get(path, size))
         self.lookups = {
             use.site.uses[0].parameter: 4 * use.out_bytes // use.site.op.outputs[0].dtype.itemsize
             for use in self.uses
@@ -159,7 +166,7 @@ class Model:
         # Devices that a machine stands for share its speed.
         self._sharing = jax.device_count() if target.chip.platform == "cpu" else 1
 
-    def _uses(self, captured: Captured) -> Any:
+    def _uses(self, captured: Captured) -> Iterator[_Use]:
         nodes = {node.path: node for node in self.meaning.view.normal.nodes if node.outputs}
         for site in find_sites(captured):
             if site.parameter is None or site.kind == "matmul":
@@ -263,14 +270,13 @@ class Model:
         trainable = self.program.partition()[0]
         for path, value in self.program.params.items():
             use = first.get(path)
-            count, whole = (1 if use is None else use.count), nbytes(value)
-            if use is not None:
-                whole = min(whole, value.size * use.site.primitive.inputs[use.site.weight].dtype.itemsize)
+            count = 1 if use is None else use.count
+            whole = min(nbytes(value), value.size * self.itemsizes.get(path, value.dtype.itemsize))
             compute = laid.compute.get(path, PartitionSpec())
             size = whole / _ways(compute, sizes)
             stored = [name for name in axes_of(placement.spec(path)) if name not in axes_of(compute)]
             if stored:
-                times = 2 if count > 1 or path in self.again else 1
+                times = 2 if count > 1 or path in self.inside else 1
                 found += _steps("all-gather", size / count, stored, sizes, times * count)
             if path not in trainable:
                 continue
