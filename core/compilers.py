@@ -1,11 +1,15 @@
-"""What a function needs of a device's memory, by the compiler: the machine's own, or one that needs no device."""
+"""What a function needs of a device, or of each over a mesh, by a compiler: the machine's, or one without devices."""
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import AxisType, NamedSharding
 
+from compax.analysis import hlo, hlo_memory
+from compax.analysis.hlo import Collective
 from compax.errors import CompileError, NoCompilerError
 from compax.target import Target
 
@@ -47,6 +51,66 @@ def peak_bytes(function: Callable[..., Any], shapes: tuple[Any, ...], donated: t
     if platform not in _DEVICELESS:
         raise NoCompilerError(f"there is no {platform} here, and only programs for TPUs can be compiled without one")
     return importlib.import_module(_DEVICELESS[platform]).peak_bytes(function, shapes, donated, target)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFigures:
+    """What a compiler made of a function over a mesh: of one device, in a call.
+
+    Attributes:
+        peak: bytes that the device needs, also where it has less.
+        fits: whether it has them.
+        flops: of matrix products and convolutions, by dtype.
+        traffic: bytes between the device and its memory.
+        collectives: those of a call.
+    """
+
+    peak: int
+    fits: bool = True
+    flops: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    traffic: int = 0
+    collectives: tuple[Collective, ...] = ()
+
+
+def step_figures(
+    function: Callable[..., Any],
+    shapes: tuple[Any, ...],
+    donated: tuple[int, ...],
+    target: Target,
+    shardings: tuple[Any, ...],
+) -> StepFigures:
+    """Compiles a function for all devices of a target.
+
+    Args:
+        function: of arrays, in trees.
+        shapes: of its arguments.
+        donated: positions of arguments whose memory the results may take.
+        target: the slice.
+        shardings: of the arguments, over one abstract mesh that has as many devices.
+
+    Raises:
+        NoCompilerError: nothing here compiles for the target; says what to install.
+        CompileError: the compiler fails.
+    """
+    platform = target.chip.platform
+    abstract = jax.tree.leaves(shardings)[0].mesh
+    if platform == jax.default_backend() and jax.device_count() == abstract.size:
+        sizes, names = tuple(abstract.shape.values()), abstract.axis_names
+        mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes))
+        placed = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s.spec)), shapes, shardings
+        )
+        compiled = jax.jit(function, donate_argnums=donated).lower(*placed).compile()
+        memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text() or "")
+        if memory is None:
+            raise CompileError(f"the compiler of this {platform} says nothing of memory")
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        peak = needed_bytes(platform, held, memory.temp_size_in_bytes, memory.peak_memory_in_bytes)
+        traffic = hlo_memory.memory_traffic(module)
+        return StepFigures(peak, True, hlo.matmul_flops(module), traffic, hlo.collectives(module))
+    if platform not in _DEVICELESS:
+        raise NoCompilerError(f"there is no {platform} here, and only programs for TPUs can be compiled without one")
+    return importlib.import_module(_DEVICELESS[platform]).step_figures(function, shapes, donated, target, shardings)
 
 
 def needed_bytes(platform: str, held: int, temporaries: int, peak: int) -> int:

@@ -81,6 +81,11 @@ class Pipeline:
         """
         _check_order(tuple(history), self.passes)
 
+    @property
+    def undecided(self) -> bool:
+        """Whether a pass chooses options by itself when it runs."""
+        return any(pass_.undecided for pass_ in self.passes)
+
     def mesh_axes(self, target: Any = None) -> Mapping[str, int] | None:
         """The axes of the mesh that the passes lay programs over, with their sizes; none if they lay them over none.
 
@@ -132,8 +137,9 @@ class Pipeline:
         self.check([record.pass_ for record in program.history])
         context = Context(_inputs(sample_inputs, kwargs, entry), seed, target, donate)
         watching = [*((Verify(), Numerics()) if check else ()), *self.instruments, *instruments]
-        for pass_ in self.passes:
-            program = run_pass(pass_, program, context, watching)
+        for position, pass_ in enumerate(self.passes):
+            with_rest = dataclasses.replace(context, following=self.passes[position + 1 :])
+            program = run_pass(pass_, program, with_rest, watching)
         return program
 
     def bisect(
@@ -196,13 +202,14 @@ def run_pass(pass_: Pass, program: Program, context: Context, instruments: Seque
         seconds = time.perf_counter() - start
         notes = _check_result(pass_, program, given, result)
         record = PassRecord(
-            pass_=pass_,
+            pass_=result.settled or pass_,
             sites=result.sites,
             decisions=result.decisions,
             notes=(*result.notes, *notes),
             before=before,
             after=Footprint.of(result.program),
             seconds=seconds,
+            asked=None if result.settled is None else pass_,
         )
         left = result.program.replace(history=(*program.history, record)) if result.changed else program
         step = Step(pass_, program, left, result, context, seconds)

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -110,7 +110,7 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ring:
+class Ring:
     """Members along one dimension: each sends to its neighbours, a closed one in both directions at full rate."""
 
     size: int
@@ -327,31 +327,31 @@ class Target:
             assert bandwidth is not None  # a target of several slices has a network
             shared = bandwidth / self.chip.devices_per_chip
             note = f"a ring of {group_size} slices, each chip over its share of the network"
-            return _switched(kind, num_bytes, group_size, shared, self.chip.network_latency_seconds, note)
+            return switched(kind, num_bytes, group_size, shared, self.chip.network_latency_seconds, note)
         if self.chip.link.kind == "nvlink":
             link = self.chip.link
             note = f"a ring of {group_size} over all {link.per_chip} links of each GPU"
             bandwidth = link.bytes_per_second * link.per_chip
-            return _switched(kind, num_bytes, group_size, bandwidth, link.latency_seconds, note)
+            return switched(kind, num_bytes, group_size, bandwidth, link.latency_seconds, note)
         rings, note = self._rings(group_size)
-        return _over_rings(kind, num_bytes, group_size, rings, note)
+        return over_rings(kind, num_bytes, group_size, rings, note)
 
-    def _rings(self, group_size: int) -> tuple[list[_Ring], str]:
+    def _rings(self, group_size: int) -> tuple[list[Ring], str]:
         """The dimensions that a group lies along, and that in words."""
         link, per_chip = self.chip.link, self.chip.devices_per_chip
         if group_size == per_chip and (rate := self.chip.device_links_bytes_per_second) is not None:
-            return [_Ring(per_chip, False, rate, link.latency_seconds)], "the devices of one chip"
+            return [Ring(per_chip, False, rate, link.latency_seconds)], "the devices of one chip"
         closes = self.chip.shapes.wraps(self.shape)
         # Whole chips first: their devices share what comes in. Else each device of a chip is in a group of its own.
         for num_chips, shared in ((group_size / per_chip, 1), (group_size, per_chip)):
             dims = _dims_of(self.shape, num_chips)
             if dims:
                 rate = link.bytes_per_second / shared
-                rings = [_Ring(self.shape[dim], closes[dim], rate, link.latency_seconds) for dim in dims]
+                rings = [Ring(self.shape[dim], closes[dim], rate, link.latency_seconds) for dim in dims]
                 words = ", ".join(f"{ring.size} ({'closed' if ring.closed else 'open'})" for ring in rings)
                 sharing = f"; {shared} devices share a chip's links" if shared > 1 else ""
                 return rings, f"along dimension(s) of size {words}{sharing}"
-        line = _Ring(group_size, False, link.bytes_per_second / per_chip, link.latency_seconds)
+        line = Ring(group_size, False, link.bytes_per_second / per_chip, link.latency_seconds)
         return [line], f"no dimensions of {by_x(self.shape)} have {group_size} members: taken as one open line"
 
 
@@ -388,7 +388,8 @@ def _dims_of(shape: tuple[int, ...], members: float) -> tuple[int, ...]:
     return min(fitting, key=lambda dims: (len(dims), dims), default=())
 
 
-def _over_rings(kind: Kind, num_bytes: float, size: int, rings: list[_Ring], note: str) -> Collective:
+def over_rings(kind: Kind, num_bytes: float, size: int, rings: Sequence[Ring], note: str) -> Collective:
+    """Predicted time of a collective of some members that lie along rings and lines: case 1 of `Target.collective`."""
     hops = sum(ring.hops * ring.latency_seconds for ring in rings)
     if kind == "permute":
         first = rings[0]
@@ -400,7 +401,8 @@ def _over_rings(kind: Kind, num_bytes: float, size: int, rings: list[_Ring], not
     return Collective(times * hops, times * once, note)
 
 
-def _switched(kind: Kind, num_bytes: float, size: int, bandwidth: float, latency: float, note: str) -> Collective:
+def switched(kind: Kind, num_bytes: float, size: int, bandwidth: float, latency: float, note: str) -> Collective:
+    """Predicted time of a collective over a switch or a network: case 2 of `Target.collective`."""
     if kind == "permute":
         return Collective(latency, num_bytes / bandwidth, note)
     times = 2 if kind == "all-reduce" else 1

@@ -1,8 +1,8 @@
 """The text form of passes: `name(key=value, ...) | name(...)`.
 
 Values are integers, numbers, `true`, `false`, `none`, sizes such as `12GiB`, bare words and globs, JSON strings in
-double quotes, and lists `[a, b]`. What a value means is decided by the type of the field that it is for, and every
-value of a supported type is written so that it is read back equal.
+double quotes, and lists `[a, b]`. A key alone says `true`. What a value means is decided by the type of the field that
+it is for, and every value of a supported type is written so that it is read back equal.
 
 Supported types: `bool`, `int`, `Bytes`, `float`, `str`, `None`, `typing.Literal`, tuples, and unions of these.
 """
@@ -145,9 +145,13 @@ class _Reader:
                 key = self.name("an option, as in key=value (a value with a comma is written in double quotes)")
                 if key in options:
                     self.fail(f"the option '{key}' of '{name}' is given twice", position)
-                if not self.take("="):
+                if self.take("="):
+                    value = self.value()
+                elif self.next() in ("','", "')'"):
+                    value = Written("truth", True, position)
+                else:
                     self.fail(f"expected '=' after the option '{key}', found {self.next()}")
-                keys[key], options[key] = position, self.value()
+                keys[key], options[key] = position, value
                 if self.take(")"):
                     break
                 if not self.take(","):

@@ -63,12 +63,15 @@ class PassResult:
         decisions: what `Pass.rewrite` needs to do the same to another graph of the program, by site name and parameter
             path, never by position.
         notes: anything else that a person should know.
+        settled: of a pass that chose its options by itself, the same with what it chose: this is what history keeps, so
+            that nothing is chosen anew where a pipeline is replayed.
     """
 
     program: Program
     sites: tuple[SiteReport, ...]
     decisions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    settled: "Pass | None" = None
 
     @property
     def changed(self) -> bool:
@@ -108,6 +111,7 @@ class PassRecord:
         after: size of the parameters that it left.
         seconds: time that it took.
         metrics: what instruments found, by name; bytes, FLOPs and seconds say so at its end. A pair is (before, after).
+        asked: the pass as it was given, if it chose options by itself.
     """
 
     pass_: "Pass"
@@ -118,6 +122,7 @@ class PassRecord:
     after: Footprint
     seconds: float
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    asked: "Pass | None" = None
 
     @property
     def text(self) -> str:
@@ -166,6 +171,7 @@ class Context:
         inputs: sample inputs, if any were given: for calibration.
         seed: the one source of randomness.
         target: the chip and mesh that the program is meant for, if known.
+        following: the passes that come after this one.
         donate: whether the caller gives its arrays away: a pass may delete each as soon as it is converted.
         compiled_peak: compiles a function for the target and returns the bytes that one device needs at the peak, from
             the function, its arguments as shapes, and which of them are donated. Without it passes compile on the
@@ -176,6 +182,7 @@ class Context:
     seed: int = 0
     target: Any = None
     donate: bool = False
+    following: "tuple[Pass, ...]" = ()
     compiled_peak: Callable[[Callable[..., Any], tuple[Any, ...], tuple[int, ...]], int] | None = None
 
     def release(self, old: Any, new: Any) -> None:
@@ -260,6 +267,11 @@ class Pass:
             The new graph, or the one given if there is nothing to do in it.
         """
         return captured
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it chooses options by itself when it runs: `PassResult.settled` has them then."""
+        return False
 
     def promise(self) -> Contract:
         """The contract under these options; by default that of the class."""

@@ -38,6 +38,7 @@ from compax.tpu.distributed import ALONE, Processes
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 COMPRESSED = "compressed"
+CHOICE = "choice.json"
 _LOCK = ".lock"
 _JOB = ".job"
 _CHECKPOINTS = "checkpoints"
@@ -166,6 +167,27 @@ def read_config(directory: pathlib.Path) -> Config:
         # The run was moved, or is named from another working directory.
         config.directory = str(directory)
     return config
+
+
+def read_choice(directory: pathlib.Path, devices: int) -> str | None:
+    """Reads what the passes of a run chose by themselves: the pipeline's text, if it was for as many devices.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    path = directory / CHOICE
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return str(found["pipeline"]) if found["devices"] == devices else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"damaged run directory: {path}: {_first_line(error)}") from None
+
+
+def write_choice(directory: pathlib.Path, devices: int, pipeline: str) -> None:
+    """Keeps what passes chose, so that a run that goes on does not choose anew."""
+    write_whole(directory / CHOICE, json.dumps({"devices": devices, "pipeline": pipeline}) + "\n")
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:

@@ -14,6 +14,7 @@ The report as JSON (`--json=FILE`); bytes, FLOPs and seconds are of one device, 
     memory           limit: bytes that a program can have, or null
                      predicted: {parameters, optimizer, state, batch, arguments}
                      compiled: {arguments, outputs, temporaries, code, peak, host, needed}, empty if it does not fit
+    chosen           [text]: what passes chose by themselves, and among what; `pipeline` has it written out
     passes           predicted: [{pass, figures {name: [before, after]}, notes}]: what each pass changed, all devices
                      together but for collectives and seconds; null is unknown, and a note says why
     largest_parameters   [{path, format, shape, spec, bytes}]
@@ -44,7 +45,7 @@ from collections.abc import Callable, Generator, Mapping
 import compax
 from compax.errors import ConfigError, MemoryLimitError, ShardingError
 from compax.experiments import config as configs
-from compax.experiments import plan_text
+from compax.experiments import plan_text, programs
 from compax.experiments.config import Config
 from compax.experiments.console import Console
 from compax.experiments.plan_advice import shortage_text
@@ -116,6 +117,7 @@ def make_report(config: Config, options: Options, tell: Tell) -> Report:
     if not topology:
         raise ConfigError("no slice to plan for: give --topology=v5e:4x4, or plan.topology in the config")
     target = Target.parse(topology)
+    config, chosen = programs.settled(config, target)
     axes = mesh_axes(config, options.mesh, target)
     arguments = {"config": configs.to_json(config), "forward": options.forward, "target": str(target)}
     compiled = compile_for(Request(target, axes, BUILDER, arguments, options.hlo), tell)
@@ -131,6 +133,7 @@ def make_report(config: Config, options: Options, tell: Tell) -> Report:
         facts=facts,
         compiled=compiled,
         tokens=tokens,
+        chosen=chosen,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from compax import metrics
 from compax.analysis.hlo import Collective, Total, by_kind
+from compax.analysis.times import Times
 from compax.experiments.plan_build import Facts
 from compax.target import Target
 from compax.tpu import Compiled
@@ -23,37 +24,6 @@ Models", 2022, arXiv 2203.15556."""
 
 PUE = 1.1
 """Power usage effectiveness, for energy: `compax.metrics.energy_kwh`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Times:
-    """Where the time of a step goes: predicted from the compiled program and the chip's table.
-
-    The step takes the longest of compute, memory and the collectives that can hide behind them, and then waits for
-    those that cannot: a roofline, which no program beats and most miss by some way.
-
-    Attributes:
-        compute: seconds for the matrix products at the peak of their dtypes.
-        memory: seconds to move the bytes between chip and memory.
-        hidden: seconds of collectives that are started and awaited apart.
-        waits: seconds of the others; None if nothing is known of the links.
-    """
-
-    compute: float
-    memory: float
-    hidden: float | None
-    waits: float | None
-
-    @property
-    def step(self) -> float:
-        """Seconds of a step."""
-        return max(self.compute, self.memory, self.hidden or 0.0) + (self.waits or 0.0)
-
-    @property
-    def bound(self) -> str:
-        """What a step spends most of its time on."""
-        parts = {"compute": self.compute, "memory": self.memory, "links": (self.hidden or 0.0) + (self.waits or 0.0)}
-        return max(parts, key=lambda name: parts[name])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +40,7 @@ class Report:
         facts: what was known before compiling.
         compiled: what the compiler made.
         tokens: to train on.
+        chosen: what passes said of what they chose by themselves.
     """
 
     name: str
@@ -81,6 +52,7 @@ class Report:
     facts: Facts
     compiled: Compiled
     tokens: float
+    chosen: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -248,6 +220,7 @@ def _json(report: Report) -> dict[str, Any]:
             },
             "compiled": {**made, "needed": report.peak_bytes} if memory else {},
         },
+        "chosen": list(report.chosen),
         "passes": {"predicted": [dict(each) for each in facts.passes]},
         "largest_parameters": [
             {"path": path, "format": form, "shape": list(shape), "spec": spec, "bytes": size}

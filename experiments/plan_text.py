@@ -57,6 +57,7 @@ def head(report: Report) -> list[str]:
     ]
     if report.pipeline:
         lines.append(f"pipeline: {report.pipeline}")
+    lines += report.chosen
     lines.append(f"fits: {fits_text(report)}")
     return lines
 

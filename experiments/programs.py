@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 import compax
 from compax.errors import CompaxError, ConfigError
+from compax.experiments import config as configs
 from compax.experiments import shardings
 from compax.experiments.config import Config, closest
 from compax.instruments import Instrument
@@ -147,3 +148,33 @@ def build_program(
     program = capture(config, build_model(config, vocabulary, abstract=abstract))
     samples = () if abstract else (example_batch(config),)
     return compax.Pipeline.parse(config.pipeline, instruments)(program, *samples, target=target)
+
+
+def settled(config: Config, target: Target) -> tuple[Config, tuple[str, ...]]:
+    """A config with what its pipeline chooses by itself written out, and what was said of the choice.
+
+    Args:
+        config: the config; it stays as it is.
+        target: what the passes choose for.
+
+    Raises:
+        CompaxError: the model or the pipeline is not valid, or nothing can be chosen.
+    """
+    pipeline = compax.Pipeline.parse(config.pipeline)
+    if not pipeline.undecided:
+        return config, ()
+    program = build_program(config, config.tokenizer.vocabulary, abstract=True, target=target)
+    chosen = [note for record in program.history if record.asked is not None for note in record.notes]
+    return with_pipeline(config, pipeline_of(program)), tuple(chosen)
+
+
+def pipeline_of(program: compax.Program) -> str:
+    """The text of the passes that changed a program, with what they chose."""
+    return " | ".join(record.text for record in program.history)
+
+
+def with_pipeline(config: Config, text: str) -> Config:
+    """A config with another pipeline."""
+    changed = configs.from_json(configs.to_json(config), where="the config")
+    changed.pipeline = text
+    return changed

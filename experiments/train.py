@@ -80,11 +80,7 @@ def train(config: Config, console: Console, preemption: Preemption, processes: P
             f"tokens for training, {amount(len(corpus.eval.ids))} for evaluation, "
             f"vocabulary {corpus.tokenizer.vocabulary}"
         )
-        if processes is not None:
-            program = programs.build_over_devices(config, corpus.tokenizer.vocabulary)
-        else:
-            program = programs.build_program(config, corpus.tokenizer.vocabulary)
-            program = program if program.placement.mesh is None else program.place()
+        program = _built(config, directory, corpus.tokenizer.vocabulary, processes)
         describe(program, config, console)
         loop = _Loop(config, console, preemption, program, corpus, together)
         del program  # its arrays: the loop has its own
@@ -95,6 +91,28 @@ def train(config: Config, console: Console, preemption: Preemption, processes: P
             metrics.plot(directory, console.say)
         trained = loop.program.replace(params=loop.params, state=loop.state.state)
         return Trained(config, directory, trained, corpus, loop.evaluator, evaluation)
+
+
+def _built(config: Config, directory: pathlib.Path, vocabulary: int, processes: Processes | None) -> compax.Program:
+    """The program of a run, with what its passes chose when it began, where its placement has it."""
+    together = processes or ALONE
+    if compax.Pipeline.parse(config.pipeline).undecided:
+        chosen = _chosen(config, directory, vocabulary) if together.first else ""
+        config = programs.with_pipeline(config, together.of_first("pipeline", chosen))
+    if processes is not None:
+        return programs.build_over_devices(config, vocabulary)
+    program = programs.build_program(config, vocabulary)
+    return program if program.placement.mesh is None else program.place()
+
+
+def _chosen(config: Config, directory: pathlib.Path, vocabulary: int) -> str:
+    """The pipeline with what its passes chose for these devices, now or when the run began."""
+    devices = jax.device_count()
+    chosen = checkpoint.read_choice(directory, devices)
+    if not chosen:
+        chosen = programs.pipeline_of(programs.build_program(config, vocabulary))
+        checkpoint.write_choice(directory, devices, chosen)
+    return chosen
 
 
 def preflight(config: Config) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from compax import _jax
-from compax.compilers import needed_bytes
+from compax.compilers import StepFigures, needed_bytes
 from compax.errors import CompileError
 from compax.tpu.compiling import Compiled, Request, check_compiler, compile_for
 from compax.tpu.worker import Built
@@ -38,6 +38,18 @@ def compile_function(
         NoCompilerError: there is no compiler for the target here.
         CompileError: it fails.
     """
+    return _compiled(function, shapes, donated, target, {"device": target.num_devices}, None)
+
+
+def _compiled(
+    function: Callable[..., Any],
+    shapes: tuple[Any, ...],
+    donated: tuple[int, ...],
+    target: Target,
+    axes: Mapping[str, int],
+    specs: list[list[Any]] | None,
+) -> Compiled:
+    """Compiles a function over a mesh, its arguments by specs as JSON; without them for the first device alone."""
     import jax
 
     check_compiler(target)
@@ -51,13 +63,39 @@ def compile_function(
     with tempfile.TemporaryDirectory(prefix="compax-function-") as folder:
         file = pathlib.Path(folder) / "function"
         file.write_bytes(_jax.exported(flat, leaves, target.chip.platform))
-        arguments = {"file": str(file), "donated": given_away}
-        return compile_for(Request(target, {"device": target.num_devices}, f"{__name__}:build", arguments))
+        arguments = {"file": str(file), "donated": given_away, "specs": specs}
+        return compile_for(Request(target, axes, f"{__name__}:build", arguments))
+
+
+def step_figures(
+    function: Callable[..., Any],
+    shapes: tuple[Any, ...],
+    donated: tuple[int, ...],
+    target: Target,
+    shardings: tuple[Any, ...],
+) -> StepFigures:
+    """What `compax.compilers.step_figures` asks for."""
+    import jax
+
+    flat = jax.tree.leaves(shardings)
+    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    specs = [[list(names) if isinstance(names, tuple) else names for names in each.spec] for each in flat]
+    compiled = _compiled(function, placed, donated, target, dict(flat[0].mesh.shape), specs)
+    return StepFigures(
+        _needed(compiled, target),
+        compiled.shortage is None,
+        compiled.flops,
+        compiled.traffic,
+        compiled.collectives,
+    )
 
 
 def peak_bytes(function: Callable[..., Any], shapes: tuple[Any, ...], donated: tuple[int, ...], target: Target) -> int:
     """What `compax.compilers.peak_bytes` asks for; of a function that does not fit, what the compiler says it needs."""
-    compiled = compile_function(function, shapes, donated, target)
+    return _needed(compile_function(function, shapes, donated, target), target)
+
+
+def _needed(compiled: Compiled, target: Target) -> int:
     memory, shortage = compiled.memory, compiled.shortage
     if memory is not None:
         return needed_bytes(target.chip.platform, memory.arguments + memory.outputs, memory.temporaries, memory.peak)
@@ -72,9 +110,13 @@ def peak_bytes(function: Callable[..., Any], shapes: tuple[Any, ...], donated: t
 def build(mesh: Mesh, arguments: Mapping[str, Any]) -> Built:
     """The function in the child process."""
     import jax
+    from jax.sharding import NamedSharding, PartitionSpec
 
     function, shapes = _jax.imported(pathlib.Path(arguments["file"]).read_bytes())
-    where = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
-    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for x in shapes]
+    where: list[Any] = [jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])] * len(shapes)
+    if arguments["specs"] is not None:
+        specs = [PartitionSpec(*(tuple(n) if isinstance(n, list) else n for n in each)) for each in arguments["specs"]]
+        where = [NamedSharding(mesh, spec) for spec in specs]
+    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(shapes, where, strict=True)]
     jitted = jax.jit(function, donate_argnums=tuple(arguments["donated"]), keep_unused=True)
     return Built(jitted.trace(*placed), {})

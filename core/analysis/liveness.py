@@ -24,6 +24,7 @@ class Alive:
         dtype: its dtype; none for a loop's turn.
         place: where it was computed.
         operation: the operation that made it.
+        inside: of a loop's turn, what makes its own peak.
     """
 
     nbytes: int
@@ -31,6 +32,7 @@ class Alive:
     dtype: str | None
     place: Place | None
     operation: str
+    inside: "tuple[Alive, ...]" = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +107,13 @@ class _Run:
     Attributes:
         peak: the most bytes.
         alive: the buffers then, with the step that made each.
-        turn: bytes of a loop's turn then, with the loop.
+        turn: bytes of a loop's turn then, with the loop and what makes the turn's own peak.
         timeline: bytes after each step.
     """
 
     peak: int
     alive: list[tuple[Value, int, Step]]
-    turn: tuple[int, Step] | None
+    turn: tuple[int, Step, "_Run"] | None
     timeline: list[int]
 
 
@@ -167,7 +169,7 @@ def _run(buffers: Buffers, apart: Collection[Value], turns: dict[int, _Run], res
         if now + beside > found.peak:
             found.peak = now + beside
             found.alive = [place.at(number) for place in alive]
-            found.turn = (beside, step) if beside else None
+            found.turn = (beside, step, turn) if beside and turn is not None else None
         now -= sum(place.size for place in alive if place.until <= number)
         alive = [place for place in alive if place.until > number]
     return found
@@ -246,6 +248,7 @@ def _alive(traced: Traced, run: _Run) -> Sequence[Alive]:
         Alive(size, x.shape, str(x.dtype), traced.places.get(step.path), step.op.name) for x, size, step in run.alive
     ]
     if run.turn is not None:
-        size, step = run.turn
-        found.append(Alive(size, None, None, traced.places.get(step.path), f"a turn of {step.op.name}"))
+        size, step, turn = run.turn
+        inside = tuple(_alive(traced, turn))
+        found.append(Alive(size, None, None, traced.places.get(step.path), f"a turn of {step.op.name}", inside))
     return sorted(found, key=lambda alive: -alive.nbytes)

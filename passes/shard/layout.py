@@ -7,12 +7,17 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
+from compax import _jax
 from compax.analysis.atoms import Atom, Factors
 from compax.analysis.normal import Val
+from compax.capture import Captured
 from compax.composites.base import Attention
-from compax.errors import ShardingError
+from compax.encoding import Encoded
+from compax.errors import EncodingError, ShardingError
 from compax.meaning import Meaning
-from compax.passes.shard.rules import AxisRule, entry
+from compax.passes.shard.rules import AxisRule, entry, spec_text
+from compax.placement import Placement, axes_of
+from compax.transform import SiteReport
 
 BATCH, SEQUENCE, MODEL = "batch", "sequence", "model"
 
@@ -71,6 +76,11 @@ class Layout:
         touched = any(atom in self.taken for atom in self.engine.atoms.leaves(atoms))
         return None if touched else ()
 
+    def over(self, factors: Iterable[Atom]) -> tuple[str, ...]:
+        """The mesh axes of the atoms of a dimension, also where how they split it is left to the compiler."""
+        units = [self.taken.get(atom) for atom in self.expand(factors)]
+        return tuple(name for unit in units if unit is not None for name in unit.mesh_axes)
+
     def entries(self, dims: Sequence[Factors]) -> list[tuple[str, ...] | None]:
         """The mesh axes of each dimension of a value; an axis splits the first dimension that it could."""
         used: set[str] = set()
@@ -95,6 +105,27 @@ class Layout:
     def named(self, name: str) -> Factors:
         """The atom of the axis that is called so; nothing if there is none."""
         return next((self.expand((axis.atom,)) for axis in self.meaning.axes if axis.name == name), ())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Laying:
+    """How a program lies on a mesh.
+
+    Attributes:
+        placement: where arrays live.
+        compute: how parameters lie where they are used.
+        gathered: how those are stored that are put together for it.
+        layouts: of the graphs.
+        reports: on parameters.
+        notes: what a person should know.
+    """
+
+    placement: Placement
+    compute: Mapping[str, PartitionSpec]
+    gathered: Mapping[str, PartitionSpec]
+    layouts: Mapping[Any, Layout]
+    reports: tuple[SiteReport, ...]
+    notes: tuple[str, ...]
 
 
 def activation_spec(entries: Sequence[tuple[str, ...] | None]) -> PartitionSpec:
@@ -200,3 +231,37 @@ def split_attention(layout: Layout, attention: Attention, mesh_axes: Sequence[st
 
 def _any(sizes: Sequence[int]) -> str:
     return " or ".join(map(str, sizes)) or "No size"
+
+
+def stacked_parameters(layout: Layout) -> set[str]:
+    """Parameters of which each turn of a loop takes a part: their first dimension is that of the turns."""
+    layers = {axis.atom for axis in layout.meaning.axes if word(axis.name) == "layers"}
+    return {path for path, dims in layout.parameters().items() if dims and layers.intersection(layout.expand(dims[0]))}
+
+
+def encodable(value: Any, spec: PartitionSpec) -> tuple[PartitionSpec, str]:
+    """The spec, or none and the reason where an encoding cannot be split so."""
+    if isinstance(value, Encoded) and axes_of(spec):
+        try:
+            value.spec(spec)
+        except EncodingError as error:
+            return PartitionSpec(), f"{value.format} cannot be split by {spec_text(spec)}: {error}"
+    return spec, ""
+
+
+def fused_parameters(layout: Layout) -> dict[str, str]:
+    """Parameters in which axes that are split lie side by side or behind others, and why they are whole."""
+    return {
+        path: "what is split lies side by side in one dimension of it: whole, and computed on each device"
+        for path, dims in layout.parameters().items()
+        if None in layout.entries(dims)
+    }
+
+
+def refuse_explicit(captured: Captured) -> None:
+    """Raises `ShardingError` for a graph that has shardings in its types."""
+    if any(_jax.is_explicit_type(value.aval) for value in captured.graph.inputs):
+        raise ShardingError(
+            f"'{captured.entry.name}' was captured with shardings in its types (a mesh with Explicit axes); "
+            "capture it under a mesh whose axes are Auto, or under none"
+        )

@@ -8,16 +8,28 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from compax import _jax
 from compax.analysis.atoms import Factors
 from compax.capture import Captured
 from compax.composites.base import Attention, Experts, FeedForward
 from compax.contracts import Exact
-from compax.encoding import Encoded
-from compax.errors import EncodingError, PipelineError, ShardingError
+from compax.errors import PipelineError, ShardingError
 from compax.meaning import Meaning
+from compax.passes.shard import choosing
 from compax.passes.shard.activations import activation_constraints
-from compax.passes.shard.layout import Layout, batches_of, indivisible, split_attention, split_by_rules, word
+from compax.passes.shard.candidates import Candidate
+from compax.passes.shard.layout import (
+    Laying,
+    Layout,
+    batches_of,
+    encodable,
+    fused_parameters,
+    indivisible,
+    refuse_explicit,
+    split_attention,
+    split_by_rules,
+    stacked_parameters,
+    word,
+)
 from compax.passes.shard.rules import (
     ARROW,
     AxisRule,
@@ -33,6 +45,7 @@ from compax.program import Program
 from compax.rewrites.checkpoint import find_regions
 from compax.rewrites.constraints import Constraints, Laid, constrained
 from compax.target import Target
+from compax.text import Bytes
 from compax.transform import Context, Pass, PassResult, SiteReport, register
 
 __all__ = ["Shard"]
@@ -42,6 +55,7 @@ AXES = ("dcn_data", "data", "fsdp", "expert", "tensor", "model")
 RING = "fsdp_ring"
 """The second axis of the mesh for `fsdp` or `data`, where these are laid over a whole torus of three dimensions."""
 _REST = -1
+_AUTO = "auto"
 _STAGES = 3
 _GRADIENTS, _TORUS, _MATRIX = 2, 3, 2
 _ROWS, _COLUMNS = 8, 128
@@ -70,6 +84,11 @@ class Shard(Pass):
     (`hidden->tensor`, `vocabulary->-`) or by parameter (`"blocks.**.up.kernel: -,tensor"`, `"re:.*/up/kernel:
     -,tensor"`); see `compax.passes.shard.rules`. `at` selects parameters that may be split at all.
 
+    `auto` chooses the sizes, the stage and `sequence` by the least time of a train step within the budget, of the
+    program as it is captured and with the passes that follow. Times are predicted (`compax.passes.shard.predicting`
+    says how, and what overlaps); the best few are compiled for the target, if a compiler is at hand. Notes list the
+    alternatives. History has the pass with what was chosen: nothing is chosen anew where it is replayed.
+
     The program's placement has the mesh and the specs; `program.place()` puts its arrays there.
 
     Shoeybi et al., "Megatron-LM", 2019, arXiv:1909.08053; Korthikanti et al., "Reducing Activation Recomputation in
@@ -86,10 +105,17 @@ class Shard(Pass):
         sequence: the axis over which positions are split as well.
         zero: the stage; by default 3 where there is `fsdp`, otherwise 0.
         rules: in place of what is found.
+        auto: choose the sizes, the stage and `sequence` by predicted time.
+        mesh: sizes that are given to `auto`, such as "fsdp=32,tensor=4".
+        budget: bytes that one device has for a train step; by default its memory, less what predictions may be off.
+        target: the slice, such as `v5p:4x4x8`; by default the one that the context says, or the machine's CPU.
+        optimizer: float32 arrays that the optimizer keeps for each parameter.
+        compiles: how many of the best are compiled for the target; none to go by predictions.
 
     Raises:
         ShardingError: sizes that do not fit the devices, an axis that does not divide, a rule that names no axis, two
             that disagree, or a program that has no batch to split.
+        BudgetError: nothing that `auto` could choose fits; says what the least is, and what would help.
     """
 
     data: int | None = None
@@ -101,6 +127,12 @@ class Shard(Pass):
     sequence: str | None = None
     zero: int | None = None
     rules: tuple[str, ...] = ()
+    auto: bool = False
+    mesh: str = _AUTO
+    budget: Bytes | None = None
+    target: str | None = None
+    optimizer: int = 2
+    compiles: int = 3
 
     phase: ClassVar[str] = "placement"
     contract: ClassVar[Any] = Exact()
@@ -110,6 +142,9 @@ class Shard(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         sizes = self._given
+        self._check_auto()
+        if self.auto:
+            return
         if not sizes:
             raise PipelineError(f"shard: give the size of an axis: {', '.join(AXES)}; as in shard(data=-1, tensor=4)")
         for name, size in sizes.items():
@@ -130,6 +165,21 @@ class Shard(Pass):
             raise PipelineError(f"shard: zero={self.zero} splits over 'fsdp' or 'data', and neither is given")
         if self.fsdp is not None and self.zero == 0:
             raise PipelineError("shard: zero=0 over 'fsdp' splits nothing but the batch: call the axis 'data'")
+
+    def _check_auto(self) -> None:
+        chosen = [name for name in (*AXES, "sequence", "zero") if getattr(self, name) is not None]
+        if self.auto and chosen:
+            given = 'shard(auto, mesh="fsdp=32,tensor=4")'
+            raise PipelineError(f"shard: auto chooses '{chosen[0]}': leave it out, or give sizes as in {given}")
+        for name in ("mesh", "budget", "target"):
+            if not self.auto and getattr(self, name) not in (None, _AUTO):
+                raise PipelineError(f"shard: '{name}' is for auto: shard(auto, {name}=...)")
+        if self.optimizer < 0 or self.compiles < 0:
+            raise PipelineError("shard: optimizer and compiles are 0 or more")
+
+    @property
+    def undecided(self) -> bool:
+        return self.auto
 
     # -- The mesh -----------------------------------------------------------------------------------------------------
 
@@ -157,7 +207,10 @@ class Shard(Pass):
         zero = self._zero_axes[0]
         return tuple(n for name in self._batch for n in ((name, RING) if name == zero and RING in sizes else (name,)))
 
-    def mesh_axes(self, target: Target | None) -> dict[str, int]:
+    def mesh_axes(self, target: Target | None) -> dict[str, int] | None:
+        return None if self.auto else self._mesh_axes(target)
+
+    def _mesh_axes(self, target: Target | None) -> dict[str, int]:
         if target is None or target.chip.platform == "cpu":
             return self._sizes(None)
         sizes, zero = self._sizes(target.num_devices), self._zero_axes[0]
@@ -189,21 +242,39 @@ class Shard(Pass):
     def run(self, program: Program, context: Context) -> PassResult:
         if program.placement.mesh is not None:
             raise ShardingError(f"'{program.name}' is laid over a mesh already: shard a program once")
-        sizes = self.mesh_axes(context.target)
         for captured in program.graphs.values():
-            _refuse_explicit(captured)
+            refuse_explicit(captured)
+        meanings = {key: Meaning(captured, program.declared) for key, captured in program.graphs.items()}
+        if self.auto:
+            return self._chosen(program, meanings, context)
+        return self._run(program, meanings, self._mesh_axes(context.target))
+
+    def _run(self, program: Program, meanings: Mapping[Any, Meaning], sizes: Mapping[str, int]) -> PassResult:
+        laid = self._laid(program, meanings, sizes)
+        decisions = {
+            "mesh": tuple(sizes.items()),
+            "compute": {path: spec_text(spec) for path, spec in laid.compute.items() if axes_of(spec)},
+            "gathered": {path: spec_text(spec) for path, spec in laid.gathered.items()},
+            "declared": program.declared,
+        }
+        graphs = {key: self._rewritten(program.graphs[key], meanings[key], decisions) for key in meanings}
+        program = program.replace(graphs=graphs, placement=laid.placement)
+        return PassResult(program, laid.reports, decisions, laid.notes)
+
+    def _laid(self, program: Program, meanings: Mapping[Any, Meaning], sizes: Mapping[str, int]) -> Laying:
+        """How the parameters of a program lie."""
         chosen = {path.name for path in self.select(map(ParameterPath, program.params), what="parameter")}
         notes: dict[str, list[str]] = {}
         compute: dict[str, PartitionSpec] = {}
         fused, stacked = dict[str, str](), set[str]()
-        meanings = {key: Meaning(captured, program.declared) for key, captured in program.graphs.items()}
-        for meaning in meanings.values():
-            layout = self._layout(meaning, sizes, notes, strict=not compute)
+        layouts = dict[Any, Layout]()
+        for key, meaning in meanings.items():
+            layout = layouts[key] = self._layout(meaning, sizes, notes, strict=not compute)
             for path, spec in self._compute(layout).items():
                 if path in chosen:
                     compute.setdefault(path, spec)
-            fused |= self._fused(layout)
-            stacked |= _stacked(layout)
+            fused |= fused_parameters(layout)
+            stacked |= stacked_parameters(layout)
         texts = [rule for rule in self.rules if ARROW not in rule]
         ruled = {path for text in texts for path in ParameterRule.parse(text, sizes, "shard").matched(program.params)}
         compute = parameter_specs(program.params, texts, sizes, compute)
@@ -212,7 +283,7 @@ class Shard(Pass):
         if self._batch:
             reports.append(SiteReport("batch", "axis", "rewritten", f"split over {'+'.join(self._batch_axes(sizes))}"))
         for path, value in program.params.items():
-            spec, why = _encodable(value, compute[path])
+            spec, why = encodable(value, compute[path])
             compute[path] = spec
             split, reason = (
                 self._stored(value, spec, sizes, stacked=path in stacked)
@@ -230,12 +301,6 @@ class Shard(Pass):
         for path in ruled:
             entries = entries_of(compute[path], program.params[path].ndim)
             compute[path] = spec_of([n for n in names if n not in self._zero_axes] for names in entries)
-        decisions = {
-            "mesh": tuple(sizes.items()),
-            "compute": {path: spec_text(spec) for path, spec in compute.items() if axes_of(spec)},
-            "gathered": {path: spec_text(stored[path]) for path in stored if self._gathers(compute, stored, path)},
-            "declared": program.declared,
-        }
         zero3 = self._stage >= _STAGES
         placement = program.placement.replace(
             mesh=_mesh(sizes),
@@ -244,12 +309,50 @@ class Shard(Pass):
             gradients={path: stored[path] for path in stored if self._stage > 1 and axes_of(stored[path])},
             batch=self._batch_axes(sizes),
         )
-        graphs = {key: self._rewritten(program.graphs[key], meanings[key], decisions) for key in meanings}
         told = tuple(
             f"{', '.join(list(dict.fromkeys(names))[:2])}{', ...' if len(names) > 2 else ''}: {note}"
             for note, names in notes.items()
         )
-        return PassResult(program.replace(graphs=graphs, placement=placement), tuple(reports), decisions, told)
+        gathered = {path: stored[path] for path in stored if self._gathers(compute, stored, path)}
+        return Laying(placement, compute, gathered, layouts, tuple(reports), told)
+
+    def _chosen(self, program: Program, meanings: Mapping[Any, Meaning], context: Context) -> PassResult:
+        """What `auto` chose, done."""
+        found = choosing.choose(self.problem(program, meanings, context), self.compiles)
+        settled = self._plain(found.best.candidate)
+        result = settled._run(program, meanings, settled._mesh_axes(found.problem.target))
+        return dataclasses.replace(result, notes=(*result.notes, *found.told()), settled=settled)
+
+    def problem(self, program: Program, meanings: Mapping[Any, Meaning], context: Context) -> choosing.Problem:
+        """What `auto` chooses for.
+
+        Args:
+            program: the program.
+            meanings: of its graphs.
+            context: what else is known.
+
+        Raises:
+            ShardingError: the program has no loss.
+            PipelineError: the target is not known, or the mesh that is given is malformed.
+        """
+        target = choosing.target_of(self.target, context)
+
+        def lay(candidate: Candidate) -> Laying:
+            made = self._plain(candidate)
+            return made._laid(program, meanings, made._mesh_axes(target))
+
+        def apply(candidate: Candidate) -> Program:
+            made = self._plain(candidate)
+            return made._run(program, meanings, made._mesh_axes(target)).program
+
+        key, given = choosing.loss_of(program), None if self.mesh == _AUTO else choosing.parse_mesh(self.mesh)
+        return choosing.Problem(
+            program, key, meanings[key], context, target, self.optimizer, self.budget, given, lay, apply
+        )
+
+    def _plain(self, candidate: Candidate) -> "Shard":
+        """The same pass with the options of a candidate."""
+        return Shard(at=self.at, strict=self.strict, rules=self.rules, **candidate.options())
 
     def _layout(
         self,
@@ -309,14 +412,6 @@ class Shard(Pass):
             for path, dims in layout.parameters().items()
         }
 
-    def _fused(self, layout: Layout) -> dict[str, str]:
-        """Parameters in which axes that are split lie side by side or behind others, and why they are whole."""
-        return {
-            path: "what is split lies side by side in one dimension of it: whole, and computed on each device"
-            for path, dims in layout.parameters().items()
-            if None in layout.entries(dims)
-        }
-
     def _check_use(self, program: Program, compute: Mapping[str, PartitionSpec]) -> None:
         """Refuses axes of the mesh that split nothing."""
         used = {name for spec in compute.values() for name in axes_of(spec)}
@@ -353,7 +448,7 @@ class Shard(Pass):
         for d in sorted(range(first, value.ndim), key=rank):
             if room[d] % parts == 0:
                 found = spec_of([*entries[:d], (*entries[d], *over), *entries[d + 1 :]])
-                if _encodable(value, found)[0] == found:
+                if encodable(value, found)[0] == found:
                     return found, ""
         return compute, f"no dimension of {list(value.shape)} divides by {parts}: whole on each device"
 
@@ -398,27 +493,3 @@ class Shard(Pass):
 
 def _mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-
-
-def _stacked(layout: Layout) -> set[str]:
-    """Parameters of which each turn of a loop takes a part: their first dimension is that of the turns."""
-    layers = {axis.atom for axis in layout.meaning.axes if word(axis.name) == "layers"}
-    return {path for path, dims in layout.parameters().items() if dims and layers.intersection(layout.expand(dims[0]))}
-
-
-def _encodable(value: Any, spec: PartitionSpec) -> tuple[PartitionSpec, str]:
-    """The spec, or none and the reason where an encoding cannot be split so."""
-    if isinstance(value, Encoded) and axes_of(spec):
-        try:
-            value.spec(spec)
-        except EncodingError as error:
-            return PartitionSpec(), f"{value.format} cannot be split by {spec_text(spec)}: {error}"
-    return spec, ""
-
-
-def _refuse_explicit(captured: Captured) -> None:
-    if any(_jax.is_explicit_type(value.aval) for value in captured.graph.inputs):
-        raise ShardingError(
-            f"'{captured.entry.name}' was captured with shardings in its types (a mesh with Explicit axes); "
-            "capture it under a mesh whose axes are Auto, or under none"
-        )

@@ -70,7 +70,8 @@ def test_instruments_are_no_part_of_equality(samples: Any) -> None:
         ("freeze | quantize(weights=int7)", 9, "int7"),
         ("misbehave()", 0, "'misbehave' needs the option 'how'"),
         ("misbehave(how=sing)", 14, "takes mutate or conceal or pretend"),
-        ("copy(at=a, strict)", 17, "expected '=' after the option 'strict', found ')'"),
+        ("copy(at=a, strict yes)", 18, "expected '=' after the option 'strict', found 'y'"),
+        ("copy(at)", 5, "the option 'at' of 'copy' takes text, not true"),
     ],
 )
 @pytest.mark.usefixtures("samples")

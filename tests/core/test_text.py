@@ -96,7 +96,7 @@ def test_refuses_other_types(written: str, annotation: Any, says: str) -> None:
         ("8a()", 0, "expected the name of a pass, found '8'"),
         ("a(", 2, "expected an option"),
         ("a(,)", 2, "expected an option"),
-        ("a(b)", 3, "expected '=' after the option 'b', found ')'"),
+        ("a(b c)", 4, "expected '=' after the option 'b', found 'c'"),
         ("a(b=)", 4, "expected a value, found ')'"),
         ("a(b=1", 5, "expected ',' or ')' after the option 'b', found the end"),
         ("a(b=1 c=2)", 6, "expected ',' or ')' after the option 'b', found 'c'"),
@@ -124,6 +124,12 @@ def test_the_caret_stands_in_the_line_that_it_is_about() -> None:
     with pytest.raises(PipelineError) as caught:
         text.parse("quantize(\n\tat=x,\n\tweights int8)\n| freeze")
     assert str(caught.value).split("\n")[1:] == ["  \tweights int8)", "  \t        ^"]
+
+
+def test_a_key_alone_says_true() -> None:
+    (call,) = text.parse("a(b, c=1, d)")
+    assert {key: written.value for key, written in call.options.items()} == {"b": True, "c": 1, "d": True}
+    assert text.read(call.options["b"], bool) is True
 
 
 def test_names_without_brackets_and_empty_texts() -> None:

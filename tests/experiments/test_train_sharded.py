@@ -9,10 +9,12 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from compax.errors import ShardingError
-from compax.experiments import checkpoint
+from compax.experiments import checkpoint, programs
 from compax.experiments.console import Console
 from compax.experiments.preemption import Preemption, Stopped
 from compax.experiments.train import Trained, train
+from compax.passes.shard import choosing
+from compax.target import Target
 
 
 def run(config) -> Trained:
@@ -66,3 +68,26 @@ def test_a_batch_that_does_not_divide(make):
     config = make(steps=5, pipeline="shard(data=8)", data__batch_size=6)
     with pytest.raises(ShardingError, match=r"make data\.batch_size a multiple of 8"):
         run(config)
+
+
+def test_a_run_that_goes_on_does_not_choose_its_mesh_again(make, monkeypatch):
+    config = make(steps=4, pipeline="shard(auto, target=v5e:2x4, compiles=0)", data__batch_size=8)
+    first = run(config)
+    assert first.program.placement.mesh is not None
+    assert "auto" not in first.program.history[-1].text
+
+    def refuse(*_):
+        raise AssertionError("chosen again")
+
+    monkeypatch.setattr(choosing, "choose", refuse)
+    again = run(config)
+    assert again.program.history[-1].text == first.program.history[-1].text
+
+
+def test_a_plan_writes_out_what_is_chosen(make):
+    config = make(pipeline="shard(auto, compiles=0) | remat(keep=nothing)", data__batch_size=8)
+    settled, told = programs.settled(config, Target.parse("v5e:2x4"))
+    assert "auto" not in settled.pipeline
+    assert settled.pipeline.endswith(" | remat()")
+    assert "auto chose of" in told[0]
+    assert programs.settled(settled, Target.parse("v5e:2x4")) == (settled, ())
