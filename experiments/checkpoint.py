@@ -66,7 +66,7 @@ class OpenRun(contextlib.AbstractContextManager["OpenRun"]):
 
     def __exit__(self, *error: object) -> None:
         if self._made and error[0] is not None:
-            for name in (CONFIG, TOKENIZER, _JOB, _LOCK):
+            for name in (CONFIG, TOKENIZER, CHOICE, _JOB, _LOCK):
                 (self._directory / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # what somebody put there stays
                 for folder in (self._directory / _CHECKPOINTS, self._directory):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from compax import _jax, lowering
 from compax.capture import Captured
@@ -497,7 +498,7 @@ class TileLoss(Pass):
 def _split_over(found: CrossEntropy) -> str:
     """The mesh axes that logits' vocabulary is split over; nothing where it is whole."""
     for op in found.chain:
-        spec = getattr(op.attributes.get("sharding"), "spec", ())
+        spec: PartitionSpec = getattr(op.attributes.get("sharding"), "spec", PartitionSpec())
         if op.name in CONSTRAINTS and (names := entries_of(spec, len(found.head.outputs[0].shape))[found.dim]):
             return "+".join(names)
     return ""
