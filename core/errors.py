@@ -97,10 +97,6 @@ class NoCompilerError(CompileError):
     """Nothing here compiles for a target; says what to install."""
 
 
-class CompilerBusyError(CompileError):
-    """Another process of this machine has the compiler, which serves one at a time."""
-
-
 class MemoryLimitError(CompileError):
     """A program needs more memory than a chip of its target has."""
 

@@ -154,7 +154,6 @@ def mesh_axes(config: Config, mesh: str, target: Target) -> Mapping[str, int]:
 
 PHASES = {
     "start": "starting the compiler",
-    "waiting": "waiting for another compile on this machine",
     "build": "capturing and tracing the step",
     "lower": "lowering to StableHLO",
     "compile": "compiling",

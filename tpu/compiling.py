@@ -26,7 +26,6 @@ from compax.analysis.hlo import Collective
 from compax.analysis.hlo_memory import Buffer
 from compax.errors import CompileError, NoCompilerError
 from compax.target import Target
-from compax.tpu import worker
 from compax.tpu.topology import mesh_text
 
 
@@ -126,15 +125,12 @@ Tell = Callable[[str, float], None]
 """Called with the name of a phase as it begins, and the seconds since the start."""
 
 
-def compile_for(request: Request, tell: Tell = lambda phase, seconds: None, *, patience: float = 900.0) -> Compiled:
+def compile_for(request: Request, tell: Tell = lambda phase, seconds: None) -> Compiled:
     """Compiles a program for a slice that need not be there, in a process of its own.
-
-    Where another process of this machine uses the compiler, this one waits for it.
 
     Args:
         request: what, and for what.
-        tell: called as phases begin: those of `compax.tpu.worker.PHASES`, and "waiting".
-        patience: seconds to wait for another compile at most.
+        tell: called as phases begin: those of `compax.tpu.worker.PHASES`.
 
     Returns:
         The figures; where the program does not fit, its `shortage`.
@@ -142,7 +138,6 @@ def compile_for(request: Request, tell: Tell = lambda phase, seconds: None, *, p
     Raises:
         NoCompilerError: there is no compiler for the target.
         CompileError: it fails, or the child was killed.
-        CompilerBusyError: another process has the compiler and did not end in time.
         CompaxError: what the builder raised.
     """
     check_compiler(request.target)
@@ -151,7 +146,7 @@ def compile_for(request: Request, tell: Tell = lambda phase, seconds: None, *, p
     def since(phase: str) -> None:
         tell(phase, time.monotonic() - started)
 
-    result = _run(request, since, patience)
+    result = _run(request, since)
     failure = result.pop("failure", None)
     if failure is not None and failure["kind"] != "memory":
         raise _error(failure, request.target)
@@ -199,7 +194,7 @@ def _error(failure: Mapping[str, Any], target: Target) -> errors.CompaxError:
     return CompileError(f"compiling for {target} failed: {failure['type']}: {first}")
 
 
-def _run(request: Request, tell: Callable[[str], None], patience: float) -> dict[str, Any]:
+def _run(request: Request, tell: Callable[[str], None]) -> dict[str, Any]:
     """Runs the child process to its end and returns what it wrote."""
     content = {
         "target": str(request.target),
@@ -207,10 +202,7 @@ def _run(request: Request, tell: Callable[[str], None], patience: float) -> dict
         "builder": request.builder,
         "arguments": request.arguments,
         "hlo": request.hlo and os.path.abspath(request.hlo),
-        "patience": patience,
     }
-    if request.target.chip.platform == "tpu" and _compiler_is_here():
-        return worker.work(content, tell)
     with tempfile.TemporaryDirectory(prefix="compax-plan-") as folder:
         asked, answer, noise = (pathlib.Path(folder) / name for name in ("request", "result", "noise"))
         asked.write_text(json.dumps(content), encoding="utf-8")
@@ -226,21 +218,12 @@ def _run(request: Request, tell: Callable[[str], None], patience: float) -> dict
         return json.loads(answer.read_text("utf-8"))
 
 
-def _compiler_is_here() -> bool:
-    """Whether this process has the compiler of TPUs, so that no child could get it before this one ends.
-
-    JAX takes it at its start where it looks for a TPU, also where it finds none: unless JAX_PLATFORMS=cpu is set.
-    """
-    try:
-        return "libtpu.so" in pathlib.Path("/proc/self/maps").read_text("utf-8", errors="replace")
-    except OSError:
-        return False
-
-
 @contextlib.contextmanager
 def _child(asked: pathlib.Path, answer: pathlib.Path, stderr: Any) -> Generator[subprocess.Popen[str]]:
     # Set before JAX is imported: no accelerator is opened, and no metadata server of a cloud is asked.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    # Several processes may have the compiler at once, as none of them has a chip.
+    environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     # A cache of compiled programs would be filled with ones that no device here can run.
     environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     run = "import sys; from compax.tpu.worker import main; sys.exit(main(sys.argv[1:]))"

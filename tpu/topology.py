@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from compax.errors import CompileError, CompilerBusyError, ShardingError
+from compax.errors import CompileError, ShardingError
 from compax.target import Target
 
 if TYPE_CHECKING:
@@ -79,7 +79,6 @@ def make_mesh(target: Target, axes: Mapping[str, int]) -> Mesh:
 
     Raises:
         CompileError: there is no compiler for the target here, or it knows no such slice.
-        CompilerBusyError: another process has the compiler; it may be tried again.
         ShardingError: the mesh cannot be laid over that torus.
     """
     import jax
@@ -113,10 +112,6 @@ def _described(target: Target) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices)
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
         first = next(iter(str(error).splitlines()), "")
-        if "lockfile" in first:
-            raise CompilerBusyError(
-                "another process of this machine has the compiler of TPUs, which serves one at a time: wait for it"
-            ) from error
         raise CompileError(f"the compiler of TPUs has no topology '{name}': {first}") from error
 
 

@@ -23,17 +23,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import jax
 
-    from compax.target import Target
 
 PHASES = ("start", "build", "lower", "compile", "read")
-"""Phases in order: JAX and the slice's description; the program; StableHLO; XLA; the compiled text.
-
-Between the first two comes `WAITING`, where another process has the compiler.
-"""
-
-WAITING = "waiting"
-# Each try that fails leaves a file open, so they become rarer.
-_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
+"""Phases in order: JAX and the slice's description; the program; StableHLO; XLA; the compiled text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +68,7 @@ def work(request: Mapping[str, Any], tell: Callable[[str], None]) -> dict[str, A
 
     Args:
         request: `target` and `axes` (texts), `builder` ("module:function", called with the mesh and `arguments`),
-            `arguments`, `hlo` (where to keep the compiled text, or null), `patience` (seconds to wait for a compiler
-            that another process has).
+            `arguments`, `hlo` (where to keep the compiled text, or null).
         tell: called with each phase as it begins.
 
     Returns:
@@ -126,11 +117,12 @@ def _compiled(request: Mapping[str, Any], clock: _Clock, result: dict[str, Any])
 
     from compax.target import Target
     from compax.tpu.options import compiler_options
+    from compax.tpu.topology import make_mesh
 
     target, axes = Target.parse(request["target"]), dict(request["axes"])
     if target.chip.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", math.prod(axes.values()))
-    mesh = _patient_mesh(target, axes, clock, request["patience"])
+    mesh = make_mesh(target, axes)
     clock.begin("build")
     module, _, function = request["builder"].partition(":")
     built: Built = getattr(importlib.import_module(module), function)(mesh, request["arguments"])
@@ -144,26 +136,6 @@ def _compiled(request: Mapping[str, Any], clock: _Clock, result: dict[str, Any])
     if request["hlo"]:
         _write(pathlib.Path(request["hlo"]), text)
     return read(text, compiled.memory_analysis())
-
-
-def _patient_mesh(target: Target, axes: Mapping[str, int], clock: _Clock, patience: float) -> jax.sharding.Mesh:
-    """Makes the mesh as soon as no other process has the compiler."""
-    from compax.errors import CompilerBusyError
-    from compax.tpu.topology import make_mesh
-
-    end, pauses = time.monotonic() + patience, iter(_RETRY_SECONDS)
-    while True:
-        try:
-            return make_mesh(target, axes)
-        except CompilerBusyError:
-            if time.monotonic() > end:
-                raise CompilerBusyError(
-                    f"another process of this machine has had the compiler of TPUs for {patience:.0f} s, and it serves "
-                    "one at a time: wait for that process to end, or end it"
-                ) from None
-            if clock.phase != WAITING:
-                clock.begin(WAITING)
-            time.sleep(next(pauses, _RETRY_SECONDS[-1]))
 
 
 def read(text: str, memory: Any) -> dict[str, Any]:
