@@ -60,6 +60,7 @@ class Evaluator:
         return self._mean(self._compiled(program), program.params, program.state)
 
     def _mean(self, loss: Callable[[Any, Any, np.ndarray], jax.Array], params: Any, state: Any) -> Evaluation:
-        losses = [loss(params, state, tokens) for tokens in self._batches]
+        # One after the other, for the reason that `checkpoint.digests` has.
+        losses = [jax.device_get(loss(params, state, tokens)) for tokens in self._batches]
         predictions = sum(tokens.shape[0] * (tokens.shape[1] - 1) for tokens in self._batches)
-        return Evaluation(float(np.mean(np.asarray(jax.device_get(losses), np.float64))), predictions)
+        return Evaluation(float(np.mean(np.asarray(losses, np.float64))), predictions)

@@ -378,8 +378,6 @@ def _connect(
     timer = threading.Timer(start_seconds, late)
     timer.daemon = True
     timer.start()
-    # Programs that run at once on CPUs would take all threads, each waiting for a collective of the other.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
             coordinator or None,
