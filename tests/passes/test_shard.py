@@ -15,6 +15,7 @@ from tests import zoo
 
 import compax
 from compax import Pipeline, Program
+from compax.analysis import hlo
 from compax.errors import PassError, PipelineError, PlacementError, ShardingError
 from compax.models import decoder
 from compax.passes import Shard
@@ -161,6 +162,43 @@ def test_no_whole_stack_is_kept_for_the_backward_pass() -> None:
     text = jax.jit(jax.grad(loss)).lower(dict(program.params)).compile().as_text()
     assert "f32[32,80]" in text
     assert "f32[6,32,80]" not in text
+
+
+def test_unrolled_layers_keep_no_gathered_parameter(capsys: pytest.CaptureFixture[str]) -> None:
+    program = Pipeline.parse("shard(fsdp=8)")(capture(scan=False)).place()
+
+    def loss(params: Any) -> jax.Array:
+        return program.apply(params, program.state, batch())[0][0]
+
+    jax.ad_checkpoint.print_saved_residuals(loss, dict(program.params))
+    kept = capsys.readouterr().out.splitlines()
+    kernels = [line for line in kept if line.startswith("f32[32,80]")]
+    assert len(kernels) == 2 * SHAPE.num_layers
+    assert all("from the argument" in line for line in kernels)
+    np.testing.assert_allclose(trained(program, 4), trained(capture(scan=False), 4), rtol=2e-5)
+
+
+def test_a_tiled_loss_splits_the_vocabulary() -> None:
+    def products(pipeline: str) -> int:
+        program = Pipeline.parse(pipeline)(capture(vocab_size=512, num_layers=1)).place()
+
+        def loss(params: Any) -> jax.Array:
+            return program.apply(params, program.state, batch())[0][0]
+
+        text = jax.jit(jax.grad(loss)).lower(dict(program.params)).compile().as_text()
+        return sum(hlo.matmul_flops(hlo.parse(text)).values())
+
+    # Logits are computed once more, and each device computes its part of them.
+    again = 2 * 8 * 16 * 32 * 512 / 8
+    whole, tiled = (products(f"shard(fsdp=2, tensor=4){more}") for more in ("", " | tile_loss(tokens=32)"))
+    assert whole < tiled <= whole + 1.1 * again
+
+
+def test_a_split_vocabulary_is_not_cut_into_chunks(base: Program) -> None:
+    program = Pipeline.parse("shard(fsdp=2, tensor=4) | tile_loss(vocabulary=32)")(base)
+    (loss,) = (site for record in program.history for site in record.sites if site.kind == "cross_entropy")
+    assert loss.status == "skipped"
+    assert "split over tensor; use tile_loss(tokens=...)" in loss.reason
 
 
 def test_encoded_parameters_are_split_leaf_by_leaf(base: Program) -> None:
