@@ -18,8 +18,9 @@ from compax import Pipeline, Program
 from compax.analysis import hlo
 from compax.errors import PassError, PipelineError, PlacementError, ShardingError
 from compax.models import decoder
-from compax.passes import Shard
+from compax.passes import Shard, TileLoss
 from compax.target import Target
+from compax.transform import Context
 
 STEPS = 20
 SHAPE = dataclasses.replace(decoder.SIZES["tiny"], num_heads=4, num_kv_heads=4, head_dim=8, vocab_size=96)
@@ -195,10 +196,10 @@ def test_a_tiled_loss_splits_the_vocabulary() -> None:
 
 
 def test_a_split_vocabulary_is_not_cut_into_chunks(base: Program) -> None:
-    program = Pipeline.parse("shard(fsdp=2, tensor=4) | tile_loss(vocabulary=32)")(base)
-    (loss,) = (site for record in program.history for site in record.sites if site.kind == "cross_entropy")
-    assert loss.status == "skipped"
-    assert "split over tensor; use tile_loss(tokens=...)" in loss.reason
+    program = Pipeline.parse("shard(fsdp=2, tensor=4)")(base)
+    (site,) = TileLoss(vocabulary=32).run(program, Context()).sites
+    assert site.status == "skipped"
+    assert "split over tensor; use tile_loss(tokens=...)" in site.reason
 
 
 def test_encoded_parameters_are_split_leaf_by_leaf(base: Program) -> None:
