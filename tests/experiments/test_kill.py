@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 COMMAND = [sys.executable, "-c", "import sys; from compax.experiments.cli import main; sys.exit(main())", "train"]
 # Without the devices and the compilation cache that the test process sets up for itself.
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -33,6 +35,7 @@ def wait_for_step(process: subprocess.Popen, directory: Path, step: int) -> None
     raise AssertionError(process.communicate()[0].decode())
 
 
+@pytest.mark.slow
 def test_killed_then_preempted_then_finished(experiment, tmp_path: Path):
     config = experiment(steps=160, checkpoint__every=7, evaluation__every=30, model__overrides__dropout=0.1)
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -63,6 +63,7 @@ def test_the_state_comes_back_as_it_went_in(planned):
     assert planned[0]["memory"]["compiled"]["outputs"] < 1024
 
 
+@pytest.mark.slow
 def test_an_optimizers_own_products_are_predicted_as_they_are_compiled(experiment, tmp_path, capsys):
     path, figures = experiment(data__batch_size=8, optimizer__name="muon"), tmp_path / "plan.json"
     assert main(["plan", f"--config={path}", "--topology=cpu", "--mesh=data=8", f"--json={figures}"]) == 0
@@ -76,6 +77,7 @@ def test_an_optimizers_own_products_are_predicted_as_they_are_compiled(experimen
     assert "times its share" not in printed
 
 
+@pytest.mark.slow
 def test_parameters_that_are_split(experiment, tmp_path):
     rules = "('blocks.**.up.kernel: data,model', 'embed.**: model,data')"
     path = experiment(data__batch_size=8, sharding__params=rules)
@@ -88,6 +90,7 @@ def test_parameters_that_are_split(experiment, tmp_path):
     assert "all-gather" in found["collectives"]["predicted"]["bytes"]
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_is_split_over_the_batch(experiment, tmp_path):
     path = experiment(data__batch_size=8, sharding__optimizer="('embed.embedding: data,-', 'blocks.**.kernel: data')")
     figures = tmp_path / "plan.json"

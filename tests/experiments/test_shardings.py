@@ -137,6 +137,7 @@ def test_all_devices_are_one_mesh(make):
         placed(plan__mesh="data=2")
 
 
+@pytest.mark.slow
 def test_parameters_are_drawn_where_they_lie(make):
     config = make(pipeline="shard(fsdp=-1)", model__overrides__dropout=0.1)
     program, whole = programs.build_over_devices(config, 260), programs.build_program(config, 260)

@@ -37,10 +37,10 @@ def kinds(tree: Any) -> set[str]:
     "pipeline",
     [
         "offload()",
-        "offload(parameters=true, at=blocks.**)",
-        "offload(optimizer=false, parameters=true)",
-        "freeze(at=embed.**) | offload(parameters=true)",
-        "quantize(weights=int8, train=true) | offload(parameters=true)",
+        pytest.param("offload(parameters=true, at=blocks.**)", marks=pytest.mark.slow),
+        pytest.param("offload(optimizer=false, parameters=true)", marks=pytest.mark.slow),
+        pytest.param("freeze(at=embed.**) | offload(parameters=true)", marks=pytest.mark.slow),
+        pytest.param("quantize(weights=int8, train=true) | offload(parameters=true)", marks=pytest.mark.slow),
     ],
 )
 def test_training_computes_the_same(pipeline: str) -> None:

@@ -75,6 +75,7 @@ def test_the_page_draws_what_fits():
     assert "None of them fits" in page([], found[3:])
 
 
+@pytest.mark.slow
 def test_a_sweep_on_cpus(experiment, tmp_path, capsys):
     path, figures, site = experiment(), tmp_path / "sweep.json", tmp_path / "sweep.html"
     arguments = ["plan", f"--config={path}", "--topology=cpu", "--mesh=data=2", f"--json={figures}", f"--html={site}"]

@@ -57,7 +57,10 @@ def test_a_finished_run_is_not_trained_again(config: ConfigDict, capsys):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"pipeline": "cast(compute=bfloat16) | quantize(weights=int8, activations=int8, train=true)"},
+        pytest.param(
+            {"pipeline": "cast(compute=bfloat16) | quantize(weights=int8, activations=int8, train=true)"},
+            marks=pytest.mark.slow,
+        ),
         {"model__overrides__scan": "true", "model__overrides__dropout": 0.2, "optimizer__accumulation": 2},
     ],
     ids=["pipeline", "scan-dropout-accumulation"],

@@ -95,6 +95,7 @@ def losses(directory: Path) -> np.ndarray:
     return np.array([line["loss"] for line in lines(directory) if "loss" in line])
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(experiment, make, tmp_path: Path):
     changes = {"steps": 3, "evaluation__every": 0}
     config = experiment(**changes)

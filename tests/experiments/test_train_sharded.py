@@ -27,7 +27,9 @@ def losses(config) -> np.ndarray:
     return np.array([line["loss"] for line in found if "loss" in line])
 
 
-@pytest.mark.parametrize("pipeline", ["shard(fsdp=2, tensor=2)", "shard(data=4, zero=1)"])
+@pytest.mark.parametrize(
+    "pipeline", ["shard(fsdp=2, tensor=2)", pytest.param("shard(data=4, zero=1)", marks=pytest.mark.slow)]
+)
 def test_losses_are_those_of_one_device(make, monkeypatch, pipeline):
     alone = make(steps=12)
     run(alone)
@@ -45,6 +47,7 @@ def test_losses_are_those_of_one_device(make, monkeypatch, pipeline):
         assert kernel.sharding.spec == PartitionSpec("fsdp", "tensor")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_over_another_mesh(make):
     whole = make(steps=8, pipeline="shard(fsdp=-1)", data__batch_size=8)
     run(whole)
@@ -70,6 +73,7 @@ def test_a_batch_that_does_not_divide(make):
         run(config)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_does_not_choose_its_mesh_again(make, monkeypatch):
     config = make(steps=4, pipeline="shard(auto, target=v5e:2x4, compiles=0)", data__batch_size=8)
     first = run(config)

@@ -163,6 +163,7 @@ def small() -> compax.Program:
     return compax.capture(model, jax.ShapeDtypeStruct((16, 64), jnp.int32), loss=loss)
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept_by_what_the_compiler_says() -> None:
     """Between everything and nothing kept; with less room more is computed again."""
     kept = []

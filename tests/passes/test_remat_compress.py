@@ -31,6 +31,9 @@ from oracle import assert_preserves
 
 LINEAR = 'remat(compress="**:linear")'
 
+SCANNED = pytest.param({"scan": True}, marks=pytest.mark.slow)
+CHECKPOINTED = pytest.param({"scan": True, "remat": True}, marks=pytest.mark.slow)
+
 
 def loss(model: Any, tokens: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(model(tokens), tokens).mean()
@@ -85,7 +88,7 @@ def test_it_preserves_what_a_model_computes(scan: bool) -> None:
     assert_preserves(Remat(compress="**:linear"), model, tokens)
 
 
-@pytest.mark.parametrize("options", [{}, {"scan": True}, {"scan": True, "remat": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, SCANNED, CHECKPOINTED], ids=str)
 def test_the_loss_stays_the_same_bits_and_gradients_are_close(options: dict[str, Any]) -> None:
     before, tokens = program(**options)
     assert_close(before, applied(LINEAR, before), tokens)
@@ -100,6 +103,7 @@ def test_what_is_kept_as_int8_is_not_computed_again(scan: bool) -> None:
     assert count(applied(LINEAR, before), tokens) - plain == 2 * layers  # scores and their use
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_less_is_kept_for_the_backward_pass(scan: bool) -> None:
     """Predicted, and in the scanned case against what the compiler allocates."""
@@ -131,6 +135,7 @@ def test_int8_and_scales_alone_are_handed_to_the_backward_pass() -> None:
     assert len(wide) == 1  # what goes into a layer
 
 
+@pytest.mark.slow
 def test_new_shapes_keep_int8_too() -> None:
     before, tokens = program()
     after, longer = applied(LINEAR, before), jnp.tile(tokens, (1, 2))
@@ -138,6 +143,7 @@ def test_new_shapes_keep_int8_too() -> None:
     assert_close(before, after, longer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "others",
     [
@@ -155,6 +161,7 @@ def test_it_follows_other_passes(others: str) -> None:
         assert count(after, tokens) == count(before, tokens)
 
 
+@pytest.mark.slow
 def test_training_reaches_the_same_loss() -> None:
     before, tokens = program()
     losses = []

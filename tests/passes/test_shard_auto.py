@@ -84,6 +84,7 @@ def test_experts_are_split_where_they_are_larger_than_what_they_compute() -> Non
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * float(jnp.abs(other).max()))
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_one_device() -> None:
     model = decoder.Decoder(dataclasses.replace(SHAPE, scan=True), rngs=nnx.Rngs(0))
     base = compax.capture(model, {"tokens": jnp.zeros((8, 17), jnp.int32)}, loss=decoder.loss)
@@ -131,6 +132,7 @@ def test_passes_that_follow_are_looked_at() -> None:
     assert plain != again
 
 
+@pytest.mark.slow
 def test_the_best_are_compiled_where_there_is_a_compiler() -> None:
     program = Pipeline.parse("shard(auto, compiles=2)")(capture(16), target=Target.parse("cpu"))
     notes = program.history[-1].notes
