@@ -70,7 +70,7 @@ class Op:
     """One operation: a JAX primitive, or one of ours that a pass put there.
 
     Attributes:
-        name: the primitive's name, or the name of a registered operation (`compax.operations`).
+        name: the primitive's name, or that of an operation of ours (`compax.lowering.operation`).
         inputs: operands in order.
         outputs: the values that it defines.
         attributes: static parameters without nested computations.
