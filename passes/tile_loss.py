@@ -8,17 +8,14 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from compax import _jax, lowering
 from compax.capture import Captured
 from compax.composites.cross_entropy import CrossEntropy, NoCrossEntropy, find_cross_entropies
-from compax.composites.sides import CONSTRAINTS
 from compax.contracts import Contract, largest_relative_error, rounding_tolerance
 from compax.encoding import Encoded
 from compax.errors import ContractError, LoweringError, PipelineError, RewriteError
 from compax.ir import Graph, Op
-from compax.placement import entries_of
 from compax.program import Program
 from compax.rewrites.statistics import CHAIN, Tiles, token_shape, with_statistics
 from compax.transform import Context, Pass, PassResult, SiteReport, Status, register
@@ -443,9 +440,8 @@ class TileLoss(Pass):
             for report in made:
                 known = reports.get(report.name)
                 reports[report.name] = report if known is None or report.status == "rewritten" else known
-        if not any(report.status == "rewritten" for report in reports.values()):
-            return PassResult(program, tuple(reports.values()), decisions)
-        return PassResult(program.replace(graphs=graphs), tuple(reports.values()), decisions)
+        changed = any(report.status == "rewritten" for report in reports.values())
+        return PassResult(program.replace(graphs=graphs) if changed else program, tuple(reports.values()), decisions)
 
     def rewrite(self, captured: Captured, decisions: Mapping[str, Any]) -> Captured:
         return self._tiled(captured, decisions)[0]
@@ -482,8 +478,8 @@ class TileLoss(Pass):
         if self.vocabulary is not None:
             if size <= self.vocabulary:
                 return "matched", f"its vocabulary of {size} is one chunk"
-            if axes := _split_over(found):
-                return "skipped", f"its vocabulary is split over {axes}; use tile_loss(tokens=...)"
+            if axes := found.split_over:
+                return "skipped", f"its vocabulary is split over {'+'.join(axes)}; use tile_loss(tokens=...)"
             vocabulary, positions = self.vocabulary, tokens[-1]
         else:
             vocabulary, positions = None, stretch(tokens, (self.tokens or 1024) * shards)
@@ -493,15 +489,6 @@ class TileLoss(Pass):
             return with_statistics(captured.graph, found, OPERATION, positions, vocabulary)
         except RewriteError as error:
             return "skipped", str(error)
-
-
-def _split_over(found: CrossEntropy) -> str:
-    """The mesh axes that logits' vocabulary is split over; nothing where it is whole."""
-    for op in found.chain:
-        spec: PartitionSpec = getattr(op.attributes.get("sharding"), "spec", PartitionSpec())
-        if op.name in CONSTRAINTS and (names := entries_of(spec, len(found.head.outputs[0].shape))[found.dim]):
-            return "+".join(names)
-    return ""
 
 
 def stretch(tokens: Sequence[int], wanted: int) -> int:

@@ -8,11 +8,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import PartitionSpec
+
 from compax.analysis.normal import Node, Normal
 from compax.capture import Captured
 from compax.composites.logits import Declined, Escapes, Use, Walk
-from compax.composites.sides import CALLS, Inline, Scalar, Spread
+from compax.composites.sides import CALLS, CONSTRAINTS, Inline, Scalar, Spread
 from compax.ir import Graph, Op, Operand, Path, resolve
+from compax.placement import entries_of
 from compax.raising import Site, find_sites
 from compax.rewrites.outline import inline_call
 
@@ -42,6 +45,15 @@ class CrossEntropy:
     chain: tuple[Op, ...]
     sides: Mapping[Operand, Scalar | Spread]
     uses: tuple[Use, ...]
+
+    @property
+    def split_over(self) -> tuple[str, ...]:
+        """The mesh axes that a constraint splits the vocabulary of the logits over; none where it is whole."""
+        for op in self.chain:
+            spec: PartitionSpec = getattr(op.attributes.get("sharding"), "spec", PartitionSpec())
+            if op.name in CONSTRAINTS and (names := entries_of(spec, len(self.head.outputs[0].shape))[self.dim]):
+                return names
+        return ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
