@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from compax import Program, capture, ir, verify
+from compax.compression import compressed
 from compax.constraint import constrain
 from compax.errors import InferenceError
 from compax.infer import Policy, reinfer
@@ -83,6 +84,7 @@ BINARY = "add atan2 div eq ge gt igamma igammac le lt max min mul ne nextafter p
 EXAMPLES: dict[str, tuple[Callable[..., Any], tuple[jax.Array, ...]]] = {
     **{name: (getattr(lax, name), (jnp.abs(A) % 1,)) for name in UNARY.split()},
     **{name: (getattr(lax, name), (jnp.abs(A) + 1, jnp.abs(B) + 1)) for name in BINARY.split()},
+    "compress": (lambda x: compressed(x), (A,)),
     "copy": (lambda x: jnp.copy(x), (A,)),
     "clamp": (lambda x: lax.clamp(x * 0 - 1, x, x * 0 + 1), (A,)),
     "integer_pow": (lambda x: lax.integer_pow(x, 3), (A,)),

@@ -54,13 +54,11 @@ def test_a_finished_run_is_not_trained_again(config: ConfigDict, capsys):
     assert (Path(config.directory) / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param(
-            {"pipeline": "cast(compute=bfloat16) | quantize(weights=int8, activations=int8, train=true)"},
-            marks=pytest.mark.slow,
-        ),
+        {"pipeline": "cast(compute=bfloat16) | quantize(weights=int8, activations=int8, train=true)"},
         {"model__overrides__scan": "true", "model__overrides__dropout": 0.2, "optimizer__accumulation": 2},
     ],
     ids=["pipeline", "scan-dropout-accumulation"],

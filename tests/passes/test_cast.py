@@ -74,6 +74,7 @@ def test_decoder_is_as_close_as_flax_own_bfloat16(options):
     assert set(dtypes(after, "dot_general")) <= {"bfloat16", "float32"}  # the angles' outer product is no product
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"scan": True, "remat": True}], ids=["unrolled", "scanned with remat"])
 def test_decoder_trains_in_bfloat16(options):
     config = dataclasses.replace(TINY, **options)
@@ -93,6 +94,7 @@ def test_decoder_trains_in_bfloat16(options):
         assert relative(exact_gradient[path], leaf) < 0.2
 
 
+@pytest.mark.slow
 def test_oracle_on_the_decoder():
     model = decoder.Decoder(TINY, rngs=nnx.Rngs(0))
     assert_preserves(Cast(), model, *decoder.example_inputs(TINY, sequence=8))

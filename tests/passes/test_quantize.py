@@ -266,6 +266,7 @@ def input_gradient(program: Program, x: jax.Array) -> jax.Array:
     return jax.grad(lambda x: jnp.vdot(program.apply(program.params, {}, x)[0], direction))(x)
 
 
+@pytest.mark.slow
 def test_a_large_weight_is_read_block_by_block() -> None:
     """Sizes at which the CPU rule takes over, on both sides, transposed, and with few rows."""
     w = values(512, 256)

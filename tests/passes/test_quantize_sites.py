@@ -196,6 +196,7 @@ def test_oracle(options: dict[str, Any]) -> None:
     assert_preserves(Quantize(**options), Model(), TOKENS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_oracle_on_the_decoder(scan: bool) -> None:
     config = dataclasses.replace(decoder.SIZES["tiny"], scan=scan, remat=True)

@@ -47,6 +47,7 @@ def products(found: compax.Program, tokens: jax.Array) -> int:
     return sum(op.name == "dot_general" for _, op in ir.walk(graph))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"scan": True}, {"remat": True}, {"scan": True, "remat": True}], ids=str)
 @pytest.mark.parametrize("keep", ["nothing", "dots"])
 def test_it_computes_the_same(options: dict[str, Any], keep: Any) -> None:

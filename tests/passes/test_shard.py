@@ -26,12 +26,12 @@ STEPS = 20
 SHAPE = dataclasses.replace(decoder.SIZES["tiny"], num_heads=4, num_kv_heads=4, head_dim=8, vocab_size=96)
 slow = pytest.mark.slow
 MODES = (
-    "shard(data=8)",
-    pytest.param("shard(data=8, zero=2)", marks=slow),
     "shard(fsdp=8)",
-    "shard(data=2, tensor=4)",
     "shard(fsdp=2, tensor=4, sequence=tensor)",
+    pytest.param("shard(data=8)", marks=slow),
+    pytest.param("shard(data=2, tensor=4)", marks=slow),
     pytest.param("shard(data=8, zero=1)", marks=slow),
+    pytest.param("shard(data=8, zero=2)", marks=slow),
     pytest.param("shard(data=8, zero=3)", marks=slow),
     pytest.param("shard(data=2, model=4, zero=1)", marks=slow),
     pytest.param("shard(fsdp=2, tensor=4)", marks=slow),

@@ -93,6 +93,7 @@ def test_linen() -> None:
     assert_alike(loss_and_gradients(before, LABELS), loss_and_gradients(after, LABELS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["tile_loss(tokens=8)", "tile_loss(vocabulary=40)"])
 @pytest.mark.parametrize(
     "first",
@@ -140,6 +141,7 @@ def test_remat_around_the_loss() -> None:
     assert_tiled(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["tile_loss(tokens=8)", "tile_loss(vocabulary=8)"])
 def test_vmap_scan_and_jit(pipeline: str) -> None:
     before = program(with_accuracy, biased)
