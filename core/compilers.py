@@ -38,19 +38,8 @@ def peak_bytes(function: Callable[..., Any], shapes: tuple[Any, ...], donated: t
     """
     platform = target.chip.platform
     if platform == jax.default_backend():
-        memory = jax.jit(function, donate_argnums=donated).lower(*shapes).compile().memory_analysis()
-        if memory is None:
-            raise CompileError(f"the compiler of this {platform} says nothing of memory")
-        returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        return needed_bytes(
-            platform,
-            memory.argument_size_in_bytes + returned,
-            memory.temp_size_in_bytes,
-            memory.peak_memory_in_bytes,
-        )
-    if platform not in _DEVICELESS:
-        raise NoCompilerError(f"there is no {platform} here, and only programs for TPUs can be compiled without one")
-    return importlib.import_module(_DEVICELESS[platform]).peak_bytes(function, shapes, donated, target)
+        return _needed(jax.jit(function, donate_argnums=donated).lower(*shapes).compile(), platform)
+    return _deviceless(platform).peak_bytes(function, shapes, donated, target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +90,26 @@ def step_figures(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s.spec)), shapes, shardings
         )
         compiled = jax.jit(function, donate_argnums=donated).lower(*placed).compile()
-        memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text() or "")
-        if memory is None:
-            raise CompileError(f"the compiler of this {platform} says nothing of memory")
-        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        peak = needed_bytes(platform, held, memory.temp_size_in_bytes, memory.peak_memory_in_bytes)
+        peak, module = _needed(compiled, platform), hlo.parse(compiled.as_text() or "")
         traffic = hlo_memory.memory_traffic(module)
         return StepFigures(peak, True, hlo.matmul_flops(module), traffic, hlo.collectives(module))
+    return _deviceless(platform).step_figures(function, shapes, donated, target, shardings)
+
+
+def _needed(compiled: jax.stages.Compiled, platform: str) -> int:
+    """What a program needs that was compiled for a device that is here."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        raise CompileError(f"the compiler of this {platform} says nothing of memory")
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return needed_bytes(platform, held, memory.temp_size_in_bytes, memory.peak_memory_in_bytes)
+
+
+def _deviceless(platform: str) -> Any:
+    """The module that compiles for a platform that is not here."""
     if platform not in _DEVICELESS:
         raise NoCompilerError(f"there is no {platform} here, and only programs for TPUs can be compiled without one")
-    return importlib.import_module(_DEVICELESS[platform]).step_figures(function, shapes, donated, target, shardings)
+    return importlib.import_module(_DEVICELESS[platform])
 
 
 def needed_bytes(platform: str, held: int, temporaries: int, peak: int) -> int:

@@ -2,9 +2,7 @@
 
 import jax
 
-from compax.integers import INT8_MAX, absmax_scale, from_integers, to_integers
-
-__all__ = ["INT8_MAX", "absmax_scale", "fake_quantize", "from_integers", "straight_through", "to_integers"]
+from compax.integers import from_integers, to_integers
 
 
 @jax.custom_jvp

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from compax import integers
 from compax.analysis.provenance import reshape_groups
 from compax.encoding import Encoded, Slices
 from compax.errors import EncodingError
@@ -222,7 +223,7 @@ class QuantizedArray(ScaledArray):
     format: ClassVar[str] = "int8"
 
     def _unpack(self, values: Any, scale: Any) -> jax.Array:
-        return arithmetic.from_integers(values, scale, self.logical_dtype)
+        return integers.from_integers(values, scale, self.logical_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +266,7 @@ class SimulatedArray(Encoded):
         return True
 
     def prepared(self) -> SeenArray:
-        scale = jax.lax.stop_gradient(arithmetic.absmax_scale(self.master, self.reduced))
+        scale = jax.lax.stop_gradient(integers.absmax_scale(self.master, self.reduced))
         return SeenArray(self.master, scale, jnp.dtype(self.master.dtype))
 
     def decode(self) -> jax.Array:
@@ -296,5 +297,5 @@ def quantize_array(x: Any, reduced: Sequence[int]) -> QuantizedArray:
     if isinstance(x, jax.ShapeDtypeStruct):
         scale = tuple(1 if dim in reduced else size for dim, size in enumerate(x.shape))
         return QuantizedArray(jax.ShapeDtypeStruct(x.shape, jnp.int8), jax.ShapeDtypeStruct(scale, jnp.float32), dtype)
-    scale = arithmetic.absmax_scale(x, reduced)
-    return QuantizedArray(arithmetic.to_integers(x, scale), scale, dtype)
+    scale = integers.absmax_scale(x, reduced)
+    return QuantizedArray(integers.to_integers(x, scale), scale, dtype)

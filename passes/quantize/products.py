@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from compax import _jax
-from compax.passes.quantize.arithmetic import absmax_scale, to_integers
+from compax.integers import absmax_scale, to_integers
 
 
 class Product(NamedTuple):

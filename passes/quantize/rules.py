@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from compax import _jax
 from compax.encoding import Encoded
 from compax.higher_order import name_dot
+from compax.integers import absmax_scale, to_integers
 from compax.ir import Op
 from compax.lowering import Call, operation, rule
 from compax.passes.quantize import blocks
-from compax.passes.quantize.arithmetic import absmax_scale, fake_quantize, to_integers
+from compax.passes.quantize.arithmetic import fake_quantize
 from compax.passes.quantize.encoding import QuantizedArray, SeenArray
 from compax.passes.quantize.products import Product, scaled_product
 

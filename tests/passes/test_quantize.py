@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import compax
 from bodies import relative_error
-from compax import Program
+from compax import Program, integers
 from compax.passes.quantize import arithmetic
 from compax.passes.quantize.encoding import QuantizedArray, SimulatedArray
 from small import TOKENS, D, Model, program_of, run, statuses, values
@@ -43,22 +43,22 @@ def test_codes_and_scales() -> None:
     x[:, 2, 1] = 0
     for dims in ((0,), (1, 2), (0, 1, 2), (2,)):
         codes, scale = reference(x, dims)
-        ours = arithmetic.absmax_scale(jnp.asarray(x), dims)
+        ours = integers.absmax_scale(jnp.asarray(x), dims)
         np.testing.assert_allclose(ours, scale, rtol=1e-7)
-        np.testing.assert_array_equal(arithmetic.to_integers(jnp.asarray(x), ours), codes)
-        decoded = arithmetic.from_integers(arithmetic.to_integers(jnp.asarray(x), ours), ours, jnp.float32)
+        np.testing.assert_array_equal(integers.to_integers(jnp.asarray(x), ours), codes)
+        decoded = integers.from_integers(integers.to_integers(jnp.asarray(x), ours), ours, jnp.float32)
         assert np.all(np.abs(decoded - x) <= scale / 2 * (1 + 1e-6))
 
 
 def test_rounding_is_to_even_and_within_the_symmetric_range() -> None:
     x = jnp.asarray([-127.0, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 127.0, 500.0, -500.0])
-    codes = arithmetic.to_integers(x, jnp.ones(1))
+    codes = integers.to_integers(x, jnp.ones(1))
     np.testing.assert_array_equal(codes, [-127, -2, -2, 0, 0, 2, 2, 127, 127, -127])
 
 
 def test_the_largest_value_survives() -> None:
     x = values(5, 7)
-    decoded = arithmetic.fake_quantize(x, arithmetic.absmax_scale(x, (0,)))
+    decoded = arithmetic.fake_quantize(x, integers.absmax_scale(x, (0,)))
     largest = np.argmax(np.abs(x), axis=0)
     np.testing.assert_allclose(
         np.take_along_axis(np.asarray(decoded), largest[None], 0), np.take_along_axis(np.asarray(x), largest[None], 0)
@@ -67,7 +67,7 @@ def test_the_largest_value_survives() -> None:
 
 def test_rounding_twice_is_rounding_once() -> None:
     x = values(5, 7)
-    scale = arithmetic.absmax_scale(x, (0,))
+    scale = integers.absmax_scale(x, (0,))
     once = arithmetic.fake_quantize(x, scale)
     np.testing.assert_array_equal(arithmetic.fake_quantize(once, scale), once)
 
@@ -76,7 +76,7 @@ def test_the_gradient_passes_straight_through() -> None:
     x, weights = values(5, 7), values(5, 7, seed=1)
 
     def function(x: jax.Array) -> jax.Array:
-        return jnp.vdot(arithmetic.fake_quantize(x, arithmetic.absmax_scale(x, (0,))), weights)
+        return jnp.vdot(arithmetic.fake_quantize(x, integers.absmax_scale(x, (0,))), weights)
 
     np.testing.assert_array_equal(jax.grad(function)(x), weights)
     value, tangent = jax.jvp(lambda x: arithmetic.fake_quantize(x, jnp.ones(1)), (x,), (weights,))
