@@ -41,6 +41,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Generator, Mapping
+from typing import Any
 
 import compax
 from compax.errors import ConfigError, MemoryLimitError, ShardingError
@@ -103,7 +104,9 @@ def plan(config: Config, options: Options, console: Console) -> Report:
         if path is not None:
             console.say(f"{kind}: {path}")
     if not report.fits:
-        raise MemoryLimitError(shortage_text(report, config))
+        with searching(console):
+            told = shortage_text(report, programs.with_pipeline(config, report.pipeline))
+        raise MemoryLimitError(told)
     return report
 
 
@@ -170,6 +173,13 @@ def progress(console: Console, what: str = "") -> Generator[Tell]:
         return
     with console.rich.status(f"{before}{PHASES['start']}") as status:
         yield lambda phase, seconds: status.update(f"{before}{PHASES[phase]} (after {seconds:.1f} s, measured)")
+
+
+def searching(console: Console) -> contextlib.AbstractContextManager[Any]:
+    """Shows that changes are being predicted."""
+    if console.rich.is_terminal:
+        return console.rich.status("predicting what would make it fit")
+    return contextlib.nullcontext()
 
 
 def check_writable(*paths: str | None) -> None:

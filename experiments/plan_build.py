@@ -21,6 +21,7 @@ from compax.experiments import config as configs
 from compax.experiments import programs, shardings
 from compax.experiments.config import Config
 from compax.experiments.optimizer import optimizer
+from compax.experiments.plan_memory import laid_peak
 from compax.experiments.plan_predict import Prediction, predict
 from compax.experiments.shardings import StepSpecs
 from compax.experiments.step import TrainState, make_step
@@ -115,7 +116,9 @@ def build(mesh: Mesh, arguments: Mapping[str, Any]) -> Built:
     facts = _facts(config, program, specs, mesh, placed, tokens, forward=arguments["forward"])
     facts = dataclasses.replace(facts, passes=tuple(map(price_json, journal.records)))
     if not arguments["forward"]:
-        prediction = predict(config, program, specs, axes, Target.parse(arguments["target"]))
+        prediction = predict(config, program, specs, axes, target)
+        if prediction.peak is None and program.placement.mesh is not None:
+            prediction = dataclasses.replace(prediction, peak=laid_peak(config, target))
         facts = dataclasses.replace(facts, prediction=prediction)
     return Built(traced, dataclasses.asdict(facts))
 

@@ -121,7 +121,7 @@ def predict(
         CompaxError: the program cannot be lowered for the target.
     """
     platform, split = target.chip.platform, math.prod(axes[name] for name in specs.batch)
-    rule, trainable = _rule(config), program.partition()[0]
+    rule, trainable = update_rule(config), program.partition()[0]
     state = jax.eval_shape(rule.init, trainable)
     update = function_cost(rule.update, trainable, state, trainable, target=target)
     parts, devices = config.optimizer.accumulation, math.prod(axes.values())
@@ -169,7 +169,8 @@ def predict(
     )
 
 
-def _rule(config: Config) -> Optimizer:
+def update_rule(config: Config) -> Optimizer:
+    """The optimizer of a config, as a train step sees it."""
     import optax
 
     made = optimizer(config)

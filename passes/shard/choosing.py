@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from compax.analysis.times import Times
-from compax.analysis.training import returns_loss, train_step
+from compax.analysis.training import Optimizer, returns_loss, train_step
 from compax.compilers import StepFigures
 from compax.composites.base import Experts
 from compax.errors import BudgetError, CompaxError, CompileError, NoCompilerError, PipelineError, ShardingError
@@ -198,6 +198,14 @@ def choose(problem: Problem, compiles: int) -> Found:
     return Found(fitting[0], tuple(rows), problem, notes)
 
 
+def model_of(problem: Problem, optimizer: Optimizer | int) -> tuple[Model, tuple[str, ...]]:
+    """What predicts a step, with the passes that follow; and notes on those that could not be looked at."""
+    after, notes = followed(problem.program, problem.context)
+    graph = after.graph(problem.key[0])
+    step = train_step(after, graph, optimizer)
+    return Model(problem.program, problem.key, problem.meaning, step, after, graph, problem.target), notes
+
+
 def predicted_rows(problem: Problem, *, prune: bool = True) -> tuple[list[Row], tuple[str, ...]]:
     """All candidates that divide, with their predictions, the fastest first; and notes.
 
@@ -208,10 +216,7 @@ def predicted_rows(problem: Problem, *, prune: bool = True) -> tuple[list[Row], 
     Raises:
         ShardingError: none divides.
     """
-    after, notes = followed(problem.program, problem.context)
-    graph = after.graph(problem.key[0])
-    step = train_step(after, graph, problem.optimizer)
-    model = Model(problem.program, problem.key, problem.meaning, step, after, graph, problem.target)
+    model, notes = model_of(problem, problem.optimizer)
     target, budget = problem.target, problem.budget or problem.target.device_memory_bytes
     experts = [composite for composite in model.meaning.composites if isinstance(composite, Experts)]
     num_experts = math.gcd(*(math.prod(atom.size for atom in found.experts) for found in experts)) or 1

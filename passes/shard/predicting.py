@@ -162,7 +162,10 @@ class Model:
             if use.site.kind == "embedding"
         }
         self.parameters_of = {site.name: site.parameter for site in sites.values() if site.parameter}
-        self.slots = len(jax.tree.leaves(step.arguments["optimizer"])) / max(1, len(program.partition()[0]))
+        trained = sum(value.size for value in program.partition()[0].values())
+        kept = sum(map(nbytes, jax.tree.leaves(step.arguments["optimizer"])))
+        # Bytes that the optimizer keeps for each element.
+        self.moments = kept / max(1, trained)
         # Devices that a machine stands for share its speed.
         self._sharing = jax.device_count() if target.chip.platform == "cpu" else 1
 
@@ -363,7 +366,7 @@ class Model:
             size = nbytes(value)
             held += size / _ways(placement.spec(path), sizes)
             if path in trainable:
-                held += self.slots * 4 * value.size / _ways(placement.optimizer_spec(path), sizes)
+                held += self.moments * value.size / _ways(placement.optimizer_spec(path), sizes)
                 gradients += size / _ways(placement.gradient_spec(path), sizes)
             if path in laid.gathered:
                 count = first[path].count if path in first else 1

@@ -212,8 +212,8 @@ class Shard(Pass):
 
     def _mesh_axes(self, target: Target | None) -> dict[str, int]:
         if target is None or target.chip.platform == "cpu":
-            return self._sizes(None)
-        sizes, zero = self._sizes(target.num_devices), self._zero_axes[0]
+            return self.sizes(None)
+        sizes, zero = self.sizes(target.num_devices), self._zero_axes[0]
         if self._stage < _GRADIENTS or len(target.shape) < _TORUS or min(target.shape) < _TORUS:
             return sizes
         if sizes.get(zero, 1) * sizes.get("dcn_data", 1) != target.num_devices:
@@ -225,7 +225,8 @@ class Shard(Pass):
             result |= {name: size // ring, RING: ring} if name == zero else {name: size}
         return result
 
-    def _sizes(self, devices: int | None) -> dict[str, int]:
+    def sizes(self, devices: int | None) -> dict[str, int]:
+        """The sizes of the axes that are given, over so many devices; over those of this process's JAX if none."""
         sizes = self._given
         known = math.prod(size for size in sizes.values() if size != _REST)
         if devices is None:
