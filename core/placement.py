@@ -224,9 +224,10 @@ def axes_of(spec: PartitionSpec) -> list[str]:
     return [name for names in entries_of(spec, len(spec)) for name in names]
 
 
-def mesh_text(mesh: Mesh | AbstractMesh) -> str:
-    """The axes of a mesh and their sizes, as in `data=4, tensor=2`."""
-    return ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+def mesh_text(mesh: Mesh | AbstractMesh | Mapping[str, int]) -> str:
+    """The axes of a mesh and their sizes, as in `data=4,tensor=2`."""
+    sizes = mesh if isinstance(mesh, Mapping) else mesh.shape
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
 def _is_spec(x: Any) -> bool:

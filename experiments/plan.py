@@ -10,7 +10,7 @@ The report as JSON (`--json=FILE`); bytes, FLOPs and seconds are of one device, 
                      {share, product_flops {phase: FLOPs}, update_flops, traffic, seconds, peak, temporaries,
                      activations, timeline [bytes], phases [of each point],
                      held [{site, phase, what, count, bytes}], missing};
-                     these bytes are null where memory is not predicted, and missing says why
+                     these bytes are null where they are not predicted, and missing says why
     memory           limit: bytes that a program can have, or null
                      predicted: {parameters, optimizer, state, batch, arguments}
                      compiled: {arguments, outputs, temporaries, code, peak, host, needed}, empty if it does not fit
@@ -52,9 +52,9 @@ from compax.experiments.console import Console
 from compax.experiments.plan_advice import shortage_text
 from compax.experiments.plan_build import BUILDER, Facts
 from compax.experiments.plan_report import TOKENS_PER_PARAMETER, Report
+from compax.placement import mesh_text
 from compax.target import Target
 from compax.tpu import Request, compile_for, parse_mesh
-from compax.tpu.topology import mesh_text
 
 
 @dataclasses.dataclass(frozen=True)

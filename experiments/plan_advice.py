@@ -71,7 +71,7 @@ def advised(config: Config, target: Target, needed: int, limit: int, peak: Peak)
         target: the slice.
         needed: bytes of one device, as compiled.
         limit: bytes that it has.
-        peak: what predicts memory. What it says of the step as it is, against `needed`, corrects what it says of others.
+        peak: what predicts memory. What it says of the step as it is, against `needed`, corrects its other answers.
     """
     try:
         ratio = needed / peak(config, target)

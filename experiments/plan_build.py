@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -17,11 +18,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import compax
 from compax.analysis.exchange import exchanged
 from compax.encoding import format_of
+from compax.errors import CompaxError
 from compax.experiments import config as configs
 from compax.experiments import programs, shardings
 from compax.experiments.config import Config
 from compax.experiments.optimizer import optimizer
-from compax.experiments.plan_memory import laid_peak
+from compax.experiments.plan_memory import predicted_peak
 from compax.experiments.plan_predict import Prediction, predict
 from compax.experiments.shardings import StepSpecs
 from compax.experiments.step import TrainState, make_step
@@ -118,7 +120,8 @@ def build(mesh: Mesh, arguments: Mapping[str, Any]) -> Built:
     if not arguments["forward"]:
         prediction = predict(config, program, specs, axes, target)
         if prediction.peak is None and program.placement.mesh is not None:
-            prediction = dataclasses.replace(prediction, peak=laid_peak(config, target))
+            with contextlib.suppress(CompaxError):  # `missing` says why
+                prediction = dataclasses.replace(prediction, peak=predicted_peak(config, target))
         facts = dataclasses.replace(facts, prediction=prediction)
     return Built(traced, dataclasses.asdict(facts))
 

@@ -11,6 +11,7 @@ from compax.errors import ConfigError
 from compax.experiments import programs, shardings
 from compax.experiments.config import Config
 from compax.experiments.plan_predict import predict, update_rule
+from compax.passes.offload import Offload
 from compax.passes.shard.shard import Shard
 from compax.passes.shard.step_figures import predicted_step
 from compax.placement import axes_of
@@ -36,8 +37,10 @@ def predicted_peak(config: Config, target: Target) -> int:
         if found.peak is None:
             raise ConfigError(f"memory is not predicted: {found.missing}")
         return found.peak
-    shard = passes[place]
+    shard, rules = passes[place], config.sharding
     assert isinstance(shard, Shard)
+    if rules.params or rules.optimizer or any(isinstance(pass_, Offload) for pass_ in passes):
+        raise ConfigError("memory is not predicted: rules of the config or the pass offload move what shard lays")
     dense = programs.capture(config, programs.build_model(config, config.tokenizer.vocabulary, abstract=True))
     before = compax.Pipeline(passes[:place])(dense, target=target)
     step = predicted_step(shard, before, target, passes[place + 1 :], update_rule(config))

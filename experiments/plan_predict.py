@@ -1,7 +1,8 @@
 """What a train step takes, predicted from its graph before anything is compiled: work, time, and memory over the step.
 
 One device is looked at, with its part of the batch. Where the mesh splits parameters as well, the compiler decides how
-values in between are split: work and time are then an even share of the whole step, and memory is not predicted.
+values in between are split: work and time are then an even share of the whole step, and memory over the step is not
+predicted; its peak is where the pass `shard` lays them (`plan_memory`).
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Prediction:
         timeline: bytes in memory along the step, at most 240 points that keep its peaks.
         phases: for each point of the timeline the phase of the step.
         held: what is in memory at the peak besides arguments, largest first.
-        missing: why memory is not predicted, or empty.
+        missing: why memory over the step is not predicted, or empty.
     """
 
     share: str

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from compax.experiments.console import Console, amount
 from compax.experiments.plan_report import PUE, Report
+from compax.placement import mesh_text
 from compax.price import COLUMNS, price_rows
 from compax.printing import bytes_text, count_text, flops_text
-from compax.tpu.topology import mesh_text
 
 _OPERATION = 46
 _BUFFERS = 6
@@ -126,8 +126,10 @@ def memory_rows(report: Report) -> list[tuple[str, str, str]]:
         ("arguments together", bytes_text(facts.argument_bytes), bytes_text(memory.arguments) if memory else ""),
     ]
     prediction, temporaries, peak = facts.prediction, "", ""
-    if prediction is not None and prediction.temporaries is not None and prediction.peak is not None:
-        temporaries, peak = bytes_text(prediction.temporaries), bytes_text(prediction.peak)
+    if prediction is not None and prediction.peak is not None:
+        peak = bytes_text(prediction.peak)
+    if prediction is not None and prediction.temporaries is not None:
+        temporaries = bytes_text(prediction.temporaries)
         rows += [
             ("activations, most of the forward pass", bytes_text(prediction.activations or 0), ""),
             ("at the peak, of the forward pass", bytes_text(prediction.kept("forward")), ""),

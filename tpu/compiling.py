@@ -25,8 +25,8 @@ from compax import errors
 from compax.analysis.hlo import Collective
 from compax.analysis.hlo_memory import Buffer
 from compax.errors import CompileError, NoCompilerError
+from compax.placement import mesh_text
 from compax.target import Target
-from compax.tpu.topology import mesh_text
 
 
 @dataclasses.dataclass(frozen=True)

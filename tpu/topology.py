@@ -62,11 +62,6 @@ def parse_mesh(text: str, target: Target | int) -> dict[str, int]:
     return axes
 
 
-def mesh_text(axes: Mapping[str, int]) -> str:
-    """A mesh as text, as `parse_mesh` reads it."""
-    return ",".join(f"{name}={size}" for name, size in axes.items())
-
-
 def make_mesh(target: Target, axes: Mapping[str, int]) -> Mesh:
     """Lays a mesh over the devices of a target that need not be there; all its axes are Auto.
 

@@ -30,7 +30,8 @@ def predicted_step(
     """
     if shard.model is not None:
         shard = dataclasses.replace(shard, model=None, tensor=shard.model, sequence=shard.sequence and "tensor")
-    sizes = {name: size for name, size in shard.sizes(target.num_devices).items() if size > 1}
+    given = shard.sizes(None if target.chip.platform == "cpu" else target.num_devices)
+    sizes = {name: size for name, size in given.items() if size > 1}
     candidate = Candidate(tuple(sizes.items()), shard.zero, shard.sequence is not None)
     asked = Shard(at=shard.at, strict=shard.strict, rules=shard.rules, auto=True)
     meanings = {key: Meaning(captured, program.declared) for key, captured in program.graphs.items()}

@@ -103,6 +103,18 @@ def test_an_optimizer_that_is_split_over_the_batch(experiment, tmp_path):
     assert memory["compiled"]["outputs"] < 1024
 
 
+@pytest.mark.slow
+def test_the_peak_of_a_step_that_a_pass_lays_is_predicted(experiment, tmp_path, capsys):
+    path = experiment(data__batch_size=8, model__overrides__num_layers=3, pipeline="shard(fsdp=4)")
+    figures = tmp_path / "plan.json"
+    assert main(["plan", f"--config={path}", "--topology=cpu", f"--json={figures}"]) == 0
+    found = json.loads(figures.read_text())
+    memory, peak = found["memory"]["compiled"], found["graph"]["predicted"]["peak"]
+    assert peak == pytest.approx(memory["arguments"] + memory["temporaries"], rel=0.5)
+    assert found["graph"]["predicted"]["timeline"] == []
+    assert "peak" in capsys.readouterr().out
+
+
 def test_the_loss_alone(experiment, tmp_path):
     path, figures = experiment(data__batch_size=8), tmp_path / "plan.json"
     arguments = ["--topology=cpu", "--mesh=data=8", "--forward", f"--json={figures}", "--sequence=32"]

@@ -4,9 +4,9 @@ import pytest
 
 from compax.errors import ShardingError, TargetError
 from compax.passes.shard.rules import check_axis
+from compax.placement import mesh_text
 from compax.target import Target
 from compax.tpu import make_mesh, parse_mesh
-from compax.tpu.topology import mesh_text
 
 V5E = Target.parse("v5e:4x4")
 
