@@ -161,6 +161,11 @@ def is_explicit_type(aval: AbstractValue) -> bool:
     return mesh is not None and not mesh.empty and jax.sharding.AxisType.Explicit in mesh.axis_types
 
 
+def says_how_it_lies(aval: AbstractValue) -> bool:
+    """Whether a type splits its values over a mesh."""
+    return is_explicit_type(aval) and any(entry is not None for entry in aval.sharding.spec)
+
+
 def vary(x: Array, axes: frozenset[str]) -> Array:
     """An array marked as varying over more manual mesh axes; the values stay."""
     missing = tuple(sorted(axes - varying_axes(x)))

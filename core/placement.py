@@ -120,12 +120,16 @@ class Placement:
         Raises:
             PlacementError: the mesh has other axes, or other sizes of them.
         """
+        self.check_mesh(mesh)
+        return self.replace(mesh=mesh)
+
+    def check_mesh(self, mesh: Mesh | AbstractMesh) -> None:
+        """Raises `PlacementError` for a mesh that has other axes, or other sizes of them."""
         if self.mesh is not None and dict(self.mesh.shape) != dict(mesh.shape):
             raise PlacementError(
                 f"the program is laid over {mesh_text(self.mesh)}, and the mesh given is {mesh_text(mesh)}: shard it "
                 "for that mesh, or give one of those axes"
             )
-        return self.replace(mesh=mesh)
 
     def optimizer_spec(self, path: str) -> PartitionSpec:
         """The spec of the optimizer's state of a parameter."""

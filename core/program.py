@@ -1,6 +1,7 @@
 """A program: graphs over one store of parameters and state, and the history of passes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from compax import lowering, module, program_text, raising
+from compax import explicit, lowering, module, program_text, raising
 from compax.analysis import coverage as covering
 from compax.analysis.axes import Axis
 from compax.capture import (
@@ -138,6 +139,14 @@ class Program:
         return output, {**state, **updates}, aux
 
     def _flat(self, captured: Captured, params: Arrays, state: Arrays, arrays: Sequence[Any]) -> list[Any]:
+        mesh = None if self.placement.mesh is None else explicit.explicit_mesh(params, state, arrays)
+        if mesh is None:
+            return self._evaluated(captured, params, state, arrays)
+        self.placement.check_mesh(mesh)
+        evaluated = functools.partial(self._evaluated, captured)
+        return explicit.on_auto_axes(evaluated, captured.graph, mesh, params, state, tuple(arrays))
+
+    def _evaluated(self, captured: Captured, params: Arrays, state: Arrays, arrays: Sequence[Any]) -> list[Any]:
         names, params = iter(arrays), self.placement.moved(params, home=False)
         values = []
         for tag in captured.inputs:
@@ -163,7 +172,8 @@ class Program:
 
     def _arguments(self, entry: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, Arguments]:
         chosen = self.entry(entry)
-        return chosen, take_apart(chosen, args, kwargs)
+        arguments = take_apart(chosen, args, kwargs)
+        return chosen, arguments if self.placement.mesh is None else explicit.untyped(arguments)
 
     def entry(self, name: str | None = None) -> Entry:
         """An entry by name; the first one by default."""
@@ -186,11 +196,15 @@ class Program:
         key = (name, arguments.signature)
         found = self.graphs.get(key) or self.memo.get(key)
         if found is None:
-            found = self.memo[key] = self._replay(self._trace(self.entry(name), arguments))
+            with explicit.tracing(arguments.signature.mesh):
+                found = self.memo[key] = self._replay(self._trace(self.entry(name), arguments))
         return found
 
     def _trace(self, entry: Entry, arguments: Arguments) -> Captured:
         params, state = self.origin or (dict(map(_logical, self.params.items())), self.state)
+        if self.placement.mesh is not None:
+            arguments = dataclasses.replace(arguments, arrays=explicit.shapes(arguments.arrays))
+            params, state = explicit.shapes((dict(params), dict(state)))
         captured, closed_over = trace_entry(entry, arguments, params, state)
         if unknown := closed_over.keys() - params.keys():
             raise CaptureError(

@@ -1,6 +1,7 @@
 """What every test runs under: eight CPU devices, a shared compilation cache, and skips that say why."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 # Read when these libraries are imported, so set first. A run on a GPU names it: JAX_PLATFORMS=cuda,cpu pytest -m gpu
@@ -8,8 +9,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-# Eight devices share two cores with other tests: the last one may come late to a collective, and after 40 s XLA aborts.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_collective_call_terminate_timeout_seconds=600")
+
+# Unless told otherwise programs are compiled fast, not well: compiling was two thirds of a run.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    # Eight devices share two cores with other tests: the last may come late to a collective, and after 40 s XLA aborts.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+    " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_use_fusion_emitters=false"
+    * (version("jaxlib") < "0.11"),  # later ones have no other emitters
+)
 os.environ.setdefault("USE_TF", "0")  # transformers would import an installed TensorFlow
 
 import hypothesis

@@ -44,9 +44,9 @@ class Body:
     notes: str = ""
 
 
-def rows(*shape: int) -> jax.Array:
+def rows(*shape: int, seed: int = 7) -> jax.Array:
     """Normally distributed activations, one of them ten times as large: float32[shape]."""
-    values = np.random.default_rng(7).normal(size=shape or (B, D)).astype(np.float32)
+    values = np.random.default_rng(seed).normal(size=shape or (B, D)).astype(np.float32)
     values.reshape(-1)[5] *= 10.0
     return jnp.asarray(values)
 
@@ -306,8 +306,9 @@ def _plain(
     *shape: int,
     sites: tuple[str, ...] = ("w",),
     notes: str = "",
+    seed: int = 7,
 ) -> Body:
-    return Body(name, lambda: WithWeight(function, *shape), lambda: (rows(),), sites, notes)
+    return Body(name, lambda: WithWeight(function, *shape), lambda: (rows(seed=seed),), sites, notes)
 
 
 def _layer(
@@ -362,7 +363,8 @@ FURTHER: tuple[Body, ...] = (
     _plain(
         "custom_vjp", damped, notes="a rewrite inside would make the value under grad differ from the value without"
     ),
-    _plain("nested scans", nested_scans, 2, L, D, D),
+    # With most seeds one of its many activations lies so near the middle of two codes that either is right.
+    _plain("nested scans", nested_scans, 2, L, D, D, seed=16),
     _plain(
         "sharded contraction",
         sharded_contraction,

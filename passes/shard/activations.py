@@ -1,4 +1,4 @@
-"""Which values of a graph are constrained: what goes along residual streams, and what comes out of matrix products.
+"""Which values of a graph are constrained: along residual streams, what comes out of matrix products, and outputs.
 
 The compiler finds the rest from these by itself. Between two of them it never has a reason to gather.
 """
@@ -70,6 +70,11 @@ class _Chooser:
             self._constrain(node)
             if self.sequence is not None and site.kind == "linear":
                 self._gather(site.path, 1 - site.weight, node)
+        outputs = set(self.captured.graph.outputs)
+        for position, op in enumerate(self.captured.graph.ops):
+            node = by_path.get(((position, -1),))
+            if node is not None and outputs.intersection(op.outputs[:1]):
+                self._constrain(node)
         return self.results, self.operands
 
     def _constrain(self, node: Node) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from compax import _jax
+from compax import _jax, ir
 from compax.analysis.atoms import Atom, Factors
 from compax.analysis.normal import Val
 from compax.capture import Captured
@@ -259,9 +259,11 @@ def fused_parameters(layout: Layout) -> dict[str, str]:
 
 
 def refuse_explicit(captured: Captured) -> None:
-    """Raises `ShardingError` for a graph that has shardings in its types."""
-    if any(_jax.is_explicit_type(value.aval) for value in captured.graph.inputs):
-        raise ShardingError(
-            f"'{captured.entry.name}' was captured with shardings in its types (a mesh with Explicit axes); "
-            "capture it under a mesh whose axes are Auto, or under none"
-        )
+    """Raises `ShardingError` for a graph in which a model says by types how values lie."""
+    for _, op in ir.walk(captured.graph):
+        if any(map(_jax.says_how_it_lies, (value.aval for value in op.outputs))):
+            raise ShardingError(
+                f"'{captured.entry.name}' says by the type of '{op.name}' how a value lies (Explicit axes of a mesh), "
+                "and shard decides that by itself: capture the model under a mesh whose axes are Auto, or under none, "
+                "without out_sharding and reshard"
+            )
