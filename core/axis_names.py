@@ -1,6 +1,7 @@
 """Names of the axes of a graph, from the composites, tables and loops that they belong to."""
 
 import collections
+import math
 from collections.abc import Sequence
 
 from compax.analysis.atoms import Atom, Factors
@@ -82,6 +83,21 @@ class AxisNames:
         tables.sort(key=lambda item: -item[0])
         for position, (_, factors, path) in enumerate(tables):
             self.put(factors, "vocabulary" if position == 0 else f"{path.rpartition('.')[0] or path}.rows")
+            if position == 0:
+                self._from_heads(factors, path)
+
+    def _from_heads(self, vocabulary: Factors, table: str) -> None:
+        """Heads of their own: linear layers from what the table's rows lie along to as many results as it has rows."""
+        size = math.prod(atom.size for atom in vocabulary)
+        rows = {atom for atom, paths in self.parameters.items() if table in paths}
+        for linear in self.view.linears.values():
+            if not rows.intersection(self.view.contracted(linear)):
+                continue
+            for dim, length in enumerate(linear.weight.shape):
+                factors = self.view.factors(linear.weight, dim)
+                if length == size and not rows.intersection(factors):
+                    path = self.view.parameters(linear.weight)[0]
+                    self.put(factors, f"{path.rpartition('.')[0] or path}.vocabulary")
 
     def _from_loops(self) -> None:
         turns = self.engine.loops

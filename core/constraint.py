@@ -8,6 +8,7 @@ Meshes are abstract: axes and their sizes. Which devices they are is told by the
 called with; on arrays of a single device the operation does nothing, as all of the mesh is that device.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -41,10 +42,20 @@ def constrain(
 
 
 def lies(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """A value with a constraint under the devices it is on; within `jit`, or on an array."""
-    if _jax.is_tracer(x) or isinstance(getattr(x, "sharding", None), NamedSharding):
+    """A value with a constraint under the devices it is on; within `jit`, or on an array.
+
+    An array cannot lie in unequal parts: it stays where it is.
+    """
+    if _jax.is_tracer(x) or (isinstance(getattr(x, "sharding", None), NamedSharding) and _divides(x, sharding)):
         return jax.lax.with_sharding_constraint(x, sharding)
     return x
+
+
+def _divides(x: jax.Array, sharding: NamedSharding) -> bool:
+    sizes = sharding.mesh.shape
+    entries = [() if entry in (None, PartitionSpec.UNCONSTRAINED) else entry for entry in sharding.spec]
+    names = [(entry,) if isinstance(entry, str) else entry for entry in entries]
+    return all(x.shape[d] % math.prod(sizes[name] for name in over) == 0 for d, over in enumerate(names))
 
 
 def _abstract(aval: Any, **_: Any) -> Any:

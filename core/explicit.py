@@ -7,6 +7,8 @@ out of (`jax.sharding.auto_axes`). Gradients have the types of what they are of.
 
 import contextlib
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,39 +17,34 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from compax import _jax
-from compax.capture import Arguments
+from compax.capture import Arguments, Captured
 from compax.constraint import CONSTRAIN
-from compax.ir import Graph, Op, Operand
+from compax.ir import Op, Operand
+from compax.placement import Placement
+from compax.sources import Arrays
 
 _UNCONSTRAINED = PartitionSpec.UNCONSTRAINED
 
 
-def explicit_mesh(*trees: Any) -> AbstractMesh | None:
-    """The mesh of the first array whose type says how it lies; none if no type does."""
-    for leaf in jax.tree.leaves(trees):
-        if isinstance(leaf, jax.Array) and _jax.is_explicit(leaf):
-            return jax.typeof(leaf).sharding.mesh
-    return None
-
-
-def untyped(arguments: Arguments) -> Arguments:
-    """Arguments of a call on Explicit axes, with the signature that they have on Auto ones."""
-    signature = arguments.signature
-    mesh = signature.mesh
+def untyped(arguments: Arguments, placement: Placement) -> Arguments:
+    """Arguments of a call with the signature that they have on Auto axes; as they are for a program on no mesh."""
+    if placement.mesh is None:
+        return arguments
+    signature, mesh = arguments.signature, arguments.signature.mesh
     if mesh is not None and AxisType.Explicit in mesh.axis_types:
         mesh = _auto(mesh)
     avals = tuple((*aval[:-1], None) for aval in signature.avals)
     return dataclasses.replace(arguments, signature=dataclasses.replace(signature, avals=avals, mesh=mesh))
 
 
-def shapes(tree: Any) -> Any:
-    """Arrays as shapes and dtypes."""
-
-    def shape(leaf: Any) -> Any:
-        aval = _jax.abstract(leaf)
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=bool(getattr(aval, "weak_type", False)))
-
-    return jax.tree.map(shape, tree)
+def traceable(
+    arguments: Arguments, params: Arrays, state: Arrays, placement: Placement
+) -> tuple[Arguments, Arrays, Arrays]:
+    """What a graph is captured from: shapes without types that say how values lie, for a program on a mesh."""
+    if placement.mesh is None:
+        return arguments, params, state
+    arrays, params, state = _shapes((arguments.arrays, dict(params), dict(state)))
+    return dataclasses.replace(arguments, arrays=arrays), params, state
 
 
 def tracing(mesh: AbstractMesh | None) -> AbstractContextManager[Any]:
@@ -59,20 +56,45 @@ def tracing(mesh: AbstractMesh | None) -> AbstractContextManager[Any]:
 
 
 def on_auto_axes(
-    function: Callable[..., list[jax.Array]], graph: Graph, mesh: AbstractMesh, *arguments: Any
+    function: Callable[..., list[jax.Array]], captured: Captured, placement: Placement, *arguments: Any
 ) -> list[jax.Array]:
-    """What a function returns that evaluates a graph, with the axes of a mesh Auto inside of it.
+    """What a function returns that evaluates a graph. Where arguments are on Explicit axes, these are Auto inside.
 
     Args:
-        function: of the arguments.
-        graph: its graph; constraints that its outputs come out of say what types the results have.
-        mesh: with Explicit axes.
+        function: of the captured graph and the arguments.
+        captured: its graph; constraints that its outputs come out of say what types the results have.
+        placement: of the program.
         arguments: arrays, in any trees.
+
+    Raises:
+        PlacementError: the arguments are on another mesh than the program's.
     """
-    makers = {x: op for op in graph.ops for x in op.outputs}
-    out = [NamedSharding(mesh, _spec(output, makers, mesh)) for output in graph.outputs]
+    mesh = None if placement.mesh is None else _explicit_mesh(arguments)
+    if mesh is None:
+        return function(captured, *arguments)
+    placement.check_mesh(mesh)
+    makers = {x: op for op in captured.graph.ops for x in op.outputs}
+    out = [NamedSharding(mesh, _spec(output, makers, mesh)) for output in captured.graph.outputs]
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.auto_axes(function, out_sharding=out)(*arguments)
+        return jax.sharding.auto_axes(functools.partial(function, captured), out_sharding=out)(*arguments)
+
+
+def _explicit_mesh(trees: Any) -> AbstractMesh | None:
+    """The mesh of the first array whose type says how it lies; none if no type does."""
+    for leaf in jax.tree.leaves(trees):
+        if isinstance(leaf, jax.Array) and _jax.is_explicit(leaf):
+            return jax.typeof(leaf).sharding.mesh
+    return None
+
+
+def _shapes(tree: Any) -> Any:
+    """Arrays as shapes and dtypes."""
+
+    def shape(leaf: Any) -> Any:
+        aval = _jax.abstract(leaf)
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=bool(getattr(aval, "weak_type", False)))
+
+    return jax.tree.map(shape, tree)
 
 
 def _spec(output: Operand, makers: dict[Any, Op], mesh: AbstractMesh) -> PartitionSpec:
@@ -80,13 +102,14 @@ def _spec(output: Operand, makers: dict[Any, Op], mesh: AbstractMesh) -> Partiti
     op = makers.get(output)
     if op is None or op.name != CONSTRAIN:
         return PartitionSpec()
-    return PartitionSpec(*_entries(op.attributes["sharding"].spec, mesh))
+    return PartitionSpec(*_entries(op.attributes["sharding"].spec, output.shape, mesh))
 
 
-def _entries(spec: PartitionSpec, mesh: AbstractMesh) -> Iterator[Any]:
-    for entry in spec:
-        names = () if entry is None or entry is _UNCONSTRAINED else (entry,) if isinstance(entry, str) else entry
-        yield tuple(name for name in names if name in mesh.shape) or None
+def _entries(spec: PartitionSpec, shape: tuple[int, ...], mesh: AbstractMesh) -> Iterator[Any]:
+    """Entries that a type can have: what does not divide is whole."""
+    for entry, size in zip(spec, shape, strict=False):
+        names = () if entry is None or entry is _UNCONSTRAINED else (entry,) if isinstance(entry, str) else tuple(entry)
+        yield names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
 
 def _auto(mesh: AbstractMesh) -> AbstractMesh:

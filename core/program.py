@@ -1,7 +1,6 @@
 """A program: graphs over one store of parameters and state, and the history of passes."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -107,13 +106,10 @@ class Program:
         Compiled once for each signature. NNX objects among the inputs are updated in place.
         """
         chosen, arguments = self._arguments(entry, args, kwargs)
-        key = ("jit", chosen.name, arguments.signature)
-        if key not in self.memo:
-            captured = self.graph(chosen.name, arguments)
-            self.memo[key] = jax.jit(lambda params, state, arrays: self._flat(captured, params, state, arrays))
-        return self._finish(
-            self.graph(chosen.name, arguments), arguments, self.memo[key](self.params, self.state, arguments.arrays)
-        )[0]
+        captured = self.graph(chosen.name, arguments)
+        function = lambda params, state, arrays: self._flat(captured, params, state, arrays)  # noqa: E731
+        compiled = self._once(("jit", chosen.name, arguments.signature), lambda: jax.jit(function))
+        return self._finish(captured, arguments, compiled(self.params, self.state, arguments.arrays))[0]
 
     def apply(self, params: Arrays, state: Arrays, *args: Any, entry: str | None = None, **kwargs: Any) -> Result:
         """The program as a pure function, for `jax.jit`, `jax.grad`, `jax.vmap` and the rest.
@@ -139,12 +135,7 @@ class Program:
         return output, {**state, **updates}, aux
 
     def _flat(self, captured: Captured, params: Arrays, state: Arrays, arrays: Sequence[Any]) -> list[Any]:
-        mesh = None if self.placement.mesh is None else explicit.explicit_mesh(params, state, arrays)
-        if mesh is None:
-            return self._evaluated(captured, params, state, arrays)
-        self.placement.check_mesh(mesh)
-        evaluated = functools.partial(self._evaluated, captured)
-        return explicit.on_auto_axes(evaluated, captured.graph, mesh, params, state, tuple(arrays))
+        return explicit.on_auto_axes(self._evaluated, captured, self.placement, params, state, tuple(arrays))
 
     def _evaluated(self, captured: Captured, params: Arrays, state: Arrays, arrays: Sequence[Any]) -> list[Any]:
         names, params = iter(arrays), self.placement.moved(params, home=False)
@@ -172,8 +163,7 @@ class Program:
 
     def _arguments(self, entry: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, Arguments]:
         chosen = self.entry(entry)
-        arguments = take_apart(chosen, args, kwargs)
-        return chosen, arguments if self.placement.mesh is None else explicit.untyped(arguments)
+        return chosen, explicit.untyped(take_apart(chosen, args, kwargs), self.placement)
 
     def entry(self, name: str | None = None) -> Entry:
         """An entry by name; the first one by default."""
@@ -194,17 +184,14 @@ class Program:
         if arguments is None:
             return next(captured for (owner, _), captured in self.graphs.items() if owner == name)
         key = (name, arguments.signature)
-        found = self.graphs.get(key) or self.memo.get(key)
-        if found is None:
-            with explicit.tracing(arguments.signature.mesh):
-                found = self.memo[key] = self._replay(self._trace(self.entry(name), arguments))
-        return found
+        if (found := self.graphs.get(key)) is not None:
+            return found
+        with explicit.tracing(arguments.signature.mesh):
+            return self._once(key, lambda: self._replay(self._trace(self.entry(name), arguments)))
 
     def _trace(self, entry: Entry, arguments: Arguments) -> Captured:
-        params, state = self.origin or (dict(map(_logical, self.params.items())), self.state)
-        if self.placement.mesh is not None:
-            arguments = dataclasses.replace(arguments, arrays=explicit.shapes(arguments.arrays))
-            params, state = explicit.shapes((dict(params), dict(state)))
+        stored = self.origin or (dict(map(_logical, self.params.items())), self.state)
+        arguments, params, state = explicit.traceable(arguments, *stored, self.placement)
         captured, closed_over = trace_entry(entry, arguments, params, state)
         if unknown := closed_over.keys() - params.keys():
             raise CaptureError(
@@ -288,9 +275,11 @@ class Program:
     def sites(self, entry: str | None = None) -> tuple["raising.Site", ...]:
         """The composites of an entry's graph, by call path."""
         captured = self.graph(entry)
-        key = ("sites", id(captured))
+        return self._once(("sites", id(captured)), lambda: raising.find_sites(captured))
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         if key not in self.memo:
-            self.memo[key] = raising.find_sites(captured)
+            self.memo[key] = make()
         return self.memo[key]
 
     def meaning(self, entry: str | None = None) -> "Meaning":
@@ -298,10 +287,7 @@ class Program:
         from compax.meaning import Meaning
 
         captured = self.graph(entry)
-        key = ("meaning", id(captured))
-        if key not in self.memo:
-            self.memo[key] = Meaning(captured, self.declared)
-        return self.memo[key]
+        return self._once(("meaning", id(captured)), lambda: Meaning(captured, self.declared))
 
     def composites(self, entry: str | None = None) -> tuple[Composite, ...]:
         """The composites of several operations in an entry's graph, in order of evaluation."""

@@ -1,6 +1,7 @@
 """How values lie on a mesh: which axes of a graph are split, and what that makes of each dimension of each value."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,10 +16,13 @@ from compax.composites.base import Attention
 from compax.encoding import Encoded
 from compax.errors import EncodingError, ShardingError
 from compax.meaning import Meaning
-from compax.passes.shard.rules import AxisRule, entry, spec_text
-from compax.placement import Placement, axes_of
+from compax.passes.shard.rules import AxisRule, entry, spec_of, spec_text
+from compax.placement import Placement, axes_of, entries_of
+from compax.rewrites.constraints import Laid
 from compax.transform import SiteReport
 
+RING = "fsdp_ring"
+"""The second axis of the mesh for `fsdp` or `data`, where these are laid over a whole torus of three dimensions."""
 BATCH, SEQUENCE, MODEL = "batch", "sequence", "model"
 
 
@@ -29,10 +33,12 @@ class Unit:
     Attributes:
         atoms: the major one first.
         mesh_axes: what they are split over.
+        padded: whether into unequal parts, if they do not divide.
     """
 
     atoms: Factors
     mesh_axes: tuple[str, ...]
+    padded: bool = False
 
 
 class Layout:
@@ -53,11 +59,11 @@ class Layout:
         """A dimension in its finest factors."""
         return self.engine.atoms.expand(factors)
 
-    def split(self, factors: Iterable[Atom], mesh_axes: Sequence[str]) -> None:
+    def split(self, factors: Iterable[Atom], mesh_axes: Sequence[str], *, padded: bool = False) -> None:
         """Splits some atoms, together, over mesh axes. What is split already stays as it is."""
         atoms = self.expand(factors)
         if atoms and mesh_axes and not any(atom in self.taken for atom in atoms):
-            unit = Unit(atoms, tuple(mesh_axes))
+            unit = Unit(atoms, tuple(mesh_axes), padded)
             self.taken |= dict.fromkeys(atoms, unit)
 
     def parts(self, mesh_axes: Iterable[str]) -> int:
@@ -72,7 +78,7 @@ class Layout:
         unit = self.taken.get(atoms[0])
         if unit is not None and atoms[: len(unit.atoms)] == unit.atoms:
             size = math.prod(atom.size for atom in unit.atoms)
-            return unit.mesh_axes if size % self.parts(unit.mesh_axes) == 0 else ()
+            return unit.mesh_axes if unit.padded or size % self.parts(unit.mesh_axes) == 0 else ()
         touched = any(atom in self.taken for atom in self.engine.atoms.leaves(atoms))
         return None if touched else ()
 
@@ -118,6 +124,7 @@ class Laying:
         layouts: of the graphs.
         reports: on parameters.
         notes: what a person should know.
+        even: of parameters that are used in unequal parts, how they would be without.
     """
 
     placement: Placement
@@ -126,6 +133,7 @@ class Laying:
     layouts: Mapping[Any, Layout]
     reports: tuple[SiteReport, ...]
     notes: tuple[str, ...]
+    even: Mapping[str, PartitionSpec]
 
 
 def activation_spec(entries: Sequence[tuple[str, ...] | None]) -> PartitionSpec:
@@ -197,8 +205,38 @@ def indivisible(layout: Layout, name: str, size: int, parameters: Iterable[str],
     return (
         f"the axis {name} of {size} does not divide over {over} ({parts}); it is in {where or 'no parameter'}. It "
         f"divides by {', '.join(map(str, fits)) or 'nothing near'}; pad it to {math.ceil(size / parts) * parts} in the "
-        f"model, or leave it whole with rules=[{word(name)}->-]"
+        f"model, leave it whole with rules=[{word(name)}->-], or, if it is a hidden axis or a vocabulary, have the "
+        "compiler pad it with pad=true"
     )
+
+
+def even_spec(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
+    """A spec without the splits of dimensions that do not divide."""
+    return spec_of(
+        names if shape[d] % math.prod(sizes[name] for name in names) == 0 else ()
+        for d, names in enumerate(entries_of(spec, len(shape)))
+    )
+
+
+def use_chain(
+    stored: PartitionSpec, compute: PartitionSpec, even: PartitionSpec | None, *, gathered: bool
+) -> tuple[Laid, ...]:
+    """From how a parameter is stored to how it is used, step by step.
+
+    Over the ring first, so that most moves but once; and what is used in unequal parts is put together and then cut.
+
+    Args:
+        stored: where it comes from, and where its gradient goes.
+        compute: where it is used.
+        even: the same without the splits that do not divide; none if all do.
+        gathered: whether it is put together for its use.
+    """
+    whole = compute if even is None else even
+    specs = [stored, whole] if stored != whole else [whole]
+    if stored != whole and RING in axes_of(stored):
+        specs.insert(1, spec_of([n for n in names if n != RING] for names in entries_of(stored, len(stored))))
+    specs += [compute] if even is not None else []
+    return tuple(Laid(after, before, gathered=gathered) for before, after in itertools.pairwise(specs))
 
 
 def split_attention(layout: Layout, attention: Attention, mesh_axes: Sequence[str], params: Sequence[str]) -> str:

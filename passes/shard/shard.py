@@ -18,16 +18,19 @@ from compax.passes.shard import choosing
 from compax.passes.shard.activations import activation_constraints
 from compax.passes.shard.candidates import Candidate
 from compax.passes.shard.layout import (
+    RING,
     Laying,
     Layout,
     batches_of,
     encodable,
+    even_spec,
     fused_parameters,
     indivisible,
     refuse_explicit,
     split_attention,
     split_by_rules,
     stacked_parameters,
+    use_chain,
     word,
 )
 from compax.passes.shard.rules import (
@@ -43,7 +46,7 @@ from compax.passes.shard.rules import (
 from compax.placement import axes_of, entries_of
 from compax.program import Program
 from compax.rewrites.checkpoint import find_regions
-from compax.rewrites.constraints import Constraints, Laid, constrained
+from compax.rewrites.constraints import Constraints, constrained
 from compax.target import Target
 from compax.text import Bytes
 from compax.transform import Context, Pass, PassResult, SiteReport, register
@@ -52,8 +55,6 @@ __all__ = ["Shard"]
 
 AXES = ("dcn_data", "data", "fsdp", "expert", "tensor", "model")
 """Axes of the mesh, the slowest network first."""
-RING = "fsdp_ring"
-"""The second axis of the mesh for `fsdp` or `data`, where these are laid over a whole torus of three dimensions."""
 _REST = -1
 _AUTO = "auto"
 _STAGES = 3
@@ -105,6 +106,8 @@ class Shard(Pass):
         sequence: the axis over which positions are split as well.
         zero: the stage; by default 3 where there is `fsdp`, otherwise 0.
         rules: in place of what is found.
+        pad: split hidden axes and vocabularies that do not divide too: in unequal parts, which the compiler pads where
+            they are used. They are stored without that split.
         auto: choose the sizes, the stage and `sequence` by predicted time.
         mesh: sizes that are given to `auto`, such as "fsdp=32,tensor=4".
         budget: bytes that one device has for a train step; by default its memory, less what predictions may be off.
@@ -127,6 +130,7 @@ class Shard(Pass):
     sequence: str | None = None
     zero: int | None = None
     rules: tuple[str, ...] = ()
+    pad: bool = False
     auto: bool = False
     mesh: str = _AUTO
     budget: Bytes | None = None
@@ -256,6 +260,7 @@ class Shard(Pass):
             "mesh": tuple(sizes.items()),
             "compute": {path: spec_text(spec) for path, spec in laid.compute.items() if axes_of(spec)},
             "gathered": {path: spec_text(spec) for path, spec in laid.gathered.items()},
+            "even": {path: spec_text(spec) for path, spec in laid.even.items()},
             "declared": program.declared,
         }
         graphs = {key: self._rewritten(program.graphs[key], meanings[key], decisions) for key in meanings}
@@ -280,16 +285,18 @@ class Shard(Pass):
         ruled = {path for text in texts for path in ParameterRule.parse(text, sizes, "shard").matched(program.params)}
         compute = parameter_specs(program.params, texts, sizes, compute)
         self._check_use(program, compute)
+        # What does not divide is used in unequal parts, which the compiler pads, and stored without them.
+        even = {path: even_spec(compute[path], value.shape, sizes) for path, value in program.params.items()}
         reports, stored = [], dict[str, PartitionSpec]()
         if self._batch:
             reports.append(SiteReport("batch", "axis", "rewritten", f"split over {'+'.join(self._batch_axes(sizes))}"))
         for path, value in program.params.items():
             spec, why = encodable(value, compute[path])
-            compute[path] = spec
+            compute[path], even[path] = spec, encodable(value, even[path])[0]
             split, reason = (
-                self._stored(value, spec, sizes, stacked=path in stacked)
+                self._stored(value, even[path], sizes, stacked=path in stacked)
                 if path in chosen and path not in ruled
-                else (spec, "")
+                else (even[path], "")
             )
             stored[path] = split
             used = axes_of(split) or axes_of(spec)
@@ -305,7 +312,7 @@ class Shard(Pass):
         zero3 = self._stage >= _STAGES
         placement = program.placement.replace(
             mesh=_mesh(sizes),
-            specs={path: stored[path] if zero3 else compute[path] for path in stored if axes_of(stored[path])},
+            specs={path: stored[path] if zero3 else even[path] for path in stored if axes_of(stored[path])},
             optimizer={path: stored[path] for path in stored if self._stage and axes_of(stored[path])},
             gradients={path: stored[path] for path in stored if self._stage > 1 and axes_of(stored[path])},
             batch=self._batch_axes(sizes),
@@ -314,8 +321,10 @@ class Shard(Pass):
             f"{', '.join(list(dict.fromkeys(names))[:2])}{', ...' if len(names) > 2 else ''}: {note}"
             for note, names in notes.items()
         )
-        gathered = {path: stored[path] for path in stored if self._gathers(compute, stored, path)}
-        return Laying(placement, compute, gathered, layouts, tuple(reports), told)
+        kept = stored if self._stage >= _GRADIENTS else even
+        gathered = {path: kept[path] for path in kept if kept[path] != compute[path]}
+        uneven = {path: spec for path, spec in even.items() if spec != compute[path]}
+        return Laying(placement, compute, gathered, layouts, tuple(reports), told, uneven)
 
     def _chosen(self, program: Program, meanings: Mapping[Any, Meaning], context: Context) -> PassResult:
         """What `auto` chose, done."""
@@ -353,7 +362,7 @@ class Shard(Pass):
 
     def _plain(self, candidate: Candidate) -> "Shard":
         """The same pass with the options of a candidate."""
-        return Shard(at=self.at, strict=self.strict, rules=self.rules, **candidate.options())
+        return Shard(at=self.at, strict=self.strict, rules=self.rules, pad=self.pad, **candidate.options())
 
     def _layout(
         self,
@@ -385,9 +394,10 @@ class Shard(Pass):
             size = math.prod(atom.size for atom in atoms)
             if any(atom in layout.taken for atom in atoms) or not asked(name):
                 return
-            if size % layout.parts(over):
+            padded = self.pad and len(atoms) == 1
+            if size % layout.parts(over) and not padded:
                 raise ShardingError(indivisible(layout, name, size, parameters, over))
-            layout.split(atoms, over)
+            layout.split(atoms, over, padded=padded)
 
         for composite in meaning.composites:
             if isinstance(composite, Experts) and self.expert is not None:
@@ -453,9 +463,6 @@ class Shard(Pass):
                     return found, ""
         return compute, f"no dimension of {list(value.shape)} divides by {parts}: whole on each device"
 
-    def _gathers(self, compute: Mapping[str, PartitionSpec], stored: Mapping[str, PartitionSpec], path: str) -> bool:
-        return self._stage > 1 and stored[path] != compute[path]
-
     def _told(self, compute: PartitionSpec, stored: PartitionSpec) -> str:
         if not axes_of(stored):
             return "whole on each device"
@@ -474,22 +481,15 @@ class Shard(Pass):
         layout = self._layout(meaning, sizes)
         compute = {path: parse_spec(text) for path, text in decisions["compute"].items()}
         gathered = {path: parse_spec(text) for path, text in decisions["gathered"].items()}
+        even = {path: parse_spec(text) for path, text in decisions.get("even", {}).items()}
         kept = self._stage >= _STAGES
         parameters = {
-            path: self._chain(spec, compute.get(path, PartitionSpec()), sizes, kept) for path, spec in gathered.items()
+            path: use_chain(spec, compute.get(path, PartitionSpec()), even.get(path), gathered=kept)
+            for path, spec in gathered.items()
         }
         results, operands = activation_constraints(captured, layout, self.sequence)
         layers = [(region.start, region.stop) for region in find_regions(captured, meaning) if not region.holder]
         return constrained(captured, Constraints(_mesh(sizes), parameters, results, operands, tuple(layers)))
-
-    def _chain(
-        self, stored: PartitionSpec, compute: PartitionSpec, sizes: Mapping[str, int], kept: bool
-    ) -> tuple[Laid, ...]:
-        """From how a parameter is stored to how it is used: over the ring first, so that most moves but once."""
-        between = spec_of([n for n in names if n != RING] for names in entries_of(stored, len(stored)))
-        if RING not in sizes or RING not in axes_of(stored):
-            return (Laid(compute, stored, gathered=kept),)
-        return Laid(between, stored, gathered=kept), Laid(compute, between, gathered=kept)
 
 
 def _mesh(sizes: Mapping[str, int]) -> AbstractMesh:

@@ -33,7 +33,7 @@ def predicted_step(
     given = shard.sizes(None if target.chip.platform == "cpu" else target.num_devices)
     sizes = {name: size for name, size in given.items() if size > 1}
     candidate = Candidate(tuple(sizes.items()), shard.zero, shard.sequence is not None)
-    asked = Shard(at=shard.at, strict=shard.strict, rules=shard.rules, auto=True)
+    asked = Shard(at=shard.at, strict=shard.strict, rules=shard.rules, pad=shard.pad, auto=True)
     meanings = {key: Meaning(captured, program.declared) for key, captured in program.graphs.items()}
     problem = asked.problem(program, meanings, Context(target=target, following=following))
     model, _ = choosing.model_of(problem, optimizer)

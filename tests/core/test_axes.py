@@ -33,7 +33,7 @@ def llama3() -> dict[str, tuple[str, ...]]:
     expected = {
         "embedder.input_embedding": ("vocabulary", "model"),
         "final_norm.w": ("model",),
-        "lm_head.w": ("model", "lm_head.w.1"),
+        "lm_head.w": ("model", "lm_head.vocabulary"),
     }
     for i in range(2):
         attn, mlp = f"layers.{i}.attn", f"layers.{i}.mlp"

@@ -20,14 +20,12 @@ from compax.experiments.preemption import Preemption
 from compax.experiments.train import train
 from compax.tpu import distributed
 
-# Devices share few cores: one may come late to a collective.
-XLA_FLAGS = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-
 WORKER = """
 import functools, sys
 from compax.experiments import cli
 from compax.tpu import distributed
-distributed.initialize = functools.partial(distributed.initialize, silence_seconds=4)
+# Many processes on few cores are silent for seconds without being gone.
+distributed.initialize = functools.partial(distributed.initialize, silence_seconds=15)
 sys.exit(cli.main())
 """
 
@@ -41,7 +39,7 @@ def started(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    environment |= {"JAX_COMPILATION_CACHE_DIR": str(Path(config).with_name("jax")), "XLA_FLAGS": XLA_FLAGS}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(Path(config).with_name("jax"))}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [
         sys.executable,
@@ -173,7 +171,7 @@ def test_a_killed_process_ends_all_and_a_restart_gives_the_same_bits(experiment,
         processes[index].kill()
         began = time.monotonic()
         found = ended(processes)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 120
     code, output = found[1 - index]
     assert code == distributed.LOST if index else code != 0, output
     assert f"process {index} ({socket.gethostname()})" in output

@@ -178,6 +178,29 @@ def test_unrolled_layers_keep_no_gathered_parameter(capsys: pytest.CaptureFixtur
     assert all("from the argument" in line for line in kernels)
 
 
+@pytest.mark.parametrize("more", ["", pytest.param(", sequence=tensor) | tile_loss(tokens=32", marks=slow)])
+def test_what_does_not_divide_is_padded_on_request(more: str) -> None:
+    def products(program: Program) -> int:
+        step = jax.jit(lambda params: program.apply(params, program.state, batch())[0][0])
+        return sum(hlo.matmul_flops(hlo.parse(step.lower(dict(program.params)).compile().as_text())).values())
+
+    base = capture(vocab_size=1023, hidden_dim=66, tied=False)
+    laid = Pipeline.parse(f"shard(fsdp=2, tensor=4, pad=true{more})")(base)
+    # Stored without the split that does not divide, used with it.
+    assert laid.placement.specs["head.kernel"] == P("fsdp")
+    program = laid.place()
+    np.testing.assert_allclose(trained(program, 4), trained(base, 4), rtol=2e-5)
+    np.testing.assert_allclose(program.apply(program.params, program.state, batch())[0][0], base(batch())[0], rtol=2e-5)
+    if not more:
+        even = capture(vocab_size=1024, hidden_dim=64, tied=False)
+        assert products(program) < 1.15 * products(Pipeline.parse("shard(fsdp=2, tensor=4)")(even).place())
+
+
+def test_what_does_not_divide_says_what_would(base: Program) -> None:
+    with pytest.raises(ShardingError, match=r"pad it to 1024 in the model, leave it whole .* with pad=true"):
+        Pipeline.parse("shard(fsdp=2, tensor=4)")(capture(vocab_size=1023))
+
+
 @pytest.mark.slow
 def test_a_tiled_loss_splits_the_vocabulary() -> None:
     def products(pipeline: str) -> int:

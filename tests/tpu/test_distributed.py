@@ -21,7 +21,7 @@ if mode == "differ" and index == 1:
     facts = distributed._facts
     distributed._facts = lambda compare: {**facts(compare), "jax": "0.9.9"}
 try:
-    joined = tpu.initialize("127.0.0.1:" + port, count, index, start_seconds=20, silence_seconds=3)
+    joined = tpu.initialize("127.0.0.1:" + port, count, index, start_seconds=60, silence_seconds=6)
     assert tpu.initialize("127.0.0.1:" + port, count, index) is joined
 except DistributedError as error:
     print("error:", error)
@@ -51,7 +51,7 @@ def start(mode: str, count: int = 2) -> list[tuple[int, str]]:
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for index in range(count)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
@@ -71,7 +71,7 @@ def test_a_killed_process_ends_the_others_by_its_name():
     assert killed == -9
     assert code == distributed.LOST
     assert f"process 1 ({socket.gethostname()}) has given no sign of life" in output
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 60
 
 
 def test_a_killed_coordinator_ends_the_others_by_its_name():
