@@ -11,6 +11,7 @@ from compax.encoding import nbytes
 from compax.errors import DeclarationError
 from compax.gathering import Group, Line, gather
 from compax.ir import Path, Value
+from compax.placement import entries_of
 from compax.printing import bytes_text, count_text, flops_text, format_text, graph_text, plural, share_text
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def program_text(program: "Program", entry: str | None = None, *, ops: bool = Fa
 
     Equal layers are gathered in one line (`blocks.{0..29}.attn.query`) where there are many. Percentages are shares of
     the floating-point operations of all sites, counted from the graph. Names of axes stand beside the sizes of
-    parameters. Where that is too wide, names begin at the line above (`.query` of `blocks.0.attn`), then axes go.
+    parameters, and behind them, as in `1536@tensor`, the axes of a mesh that they are split over. Where that is too
+    wide, names begin at the line above (`.query` of `blocks.0.attn`), then axes go.
 
     Args:
         program: the program.
@@ -177,13 +179,20 @@ def _items(program: "Program", meaning: "Meaning | None", sites: "Sequence[Site]
 
 
 def _use(program: "Program", path: str, words: Sequence[str]) -> tuple[str, str, str]:
-    """A parameter's path, how it is stored, and that with the names of axes: `f32[model 576, hidden 1536]`."""
+    """A parameter's path, how it is stored, and that with the names of axes: `f32[model 576@fsdp, hidden 1536@tensor]`.
+
+    Behind `@` are the axes of the mesh that a dimension is split over.
+    """
     x = program.params[path]
     stored = format_text(x)
+    split = entries_of(program.placement.spec(path), len(x.shape))
+    sizes = [f"{size}@{'+'.join(over)}" if over else str(size) for size, over in zip(x.shape, split, strict=True)]
+    if any(split):
+        stored = f"{stored.partition('[')[0]}[{','.join(sizes)}]"
     if len(words) != len(x.shape) or not any(words):
         return path, stored, stored
-    sizes = (f"{word} {size}".lstrip() for word, size in zip(words, x.shape, strict=True))
-    return path, stored, f"{stored.partition('[')[0]}[{', '.join(sizes)}]"
+    named = (f"{word} {size}".lstrip() for word, size in zip(words, sizes, strict=True))
+    return path, stored, f"{stored.partition('[')[0]}[{', '.join(named)}]"
 
 
 def _notes(program: "Program", site: "Site") -> Iterator[str]:

@@ -225,6 +225,12 @@ def test_a_split_vocabulary_is_not_cut_into_chunks(base: Program) -> None:
     assert "split over tensor; use tile_loss(tokens=...)" in site.reason
 
 
+def test_the_print_shows_what_is_split(base: Program) -> None:
+    text = str(Pipeline.parse("quantize(weights=int8, at=blocks.mlp.up) | shard(fsdp=2, tensor=4)")(base))
+    assert "f32[2,32@tensor,32@fsdp]" in text
+    assert "int8[2,32@fsdp,80@tensor]" in text
+
+
 def test_encoded_parameters_are_split_leaf_by_leaf(base: Program) -> None:
     quantized = Pipeline.parse("quantize(weights=int8)")(base)
     program = Pipeline.parse("shard(data=2, tensor=4)")(quantized).place()
