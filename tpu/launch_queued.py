@@ -32,6 +32,9 @@ _ENVIRONMENT = "compax-env"
 LOST = ("SUSPENDING", "SUSPENDED", "FAILED", "DELETING")
 """States of a queued resource from which it does not come back."""
 
+_LEFT_OUT = ("__pycache__", ".*_cache", ".venv", "venv", "*.egg-info", "runs")
+"""What is not uploaded with the code."""
+
 
 def notes(launch: Launch) -> list[str]:
     """What a person should know before the first step."""
@@ -82,7 +85,7 @@ def steps(launch: Launch) -> list[Step]:
         Step(
             "prepare",
             "pack the code, without version control and caches",
-            ("tar", "--exclude-vcs", "--exclude=__pycache__", "--exclude=runs", "-czf", archive,
+            ("tar", "--exclude-vcs", *(f"--exclude={name}" for name in _LEFT_OUT), "-czf", archive,
              "-C", str(check_code(launch.code)), "."),
         ),
         Step("prepare", "the variables of the command, for their owner alone",
