@@ -271,10 +271,38 @@ def _any(sizes: Sequence[int]) -> str:
     return " or ".join(map(str, sizes)) or "No size"
 
 
-def stacked_parameters(layout: Layout) -> set[str]:
-    """Parameters of which each turn of a loop takes a part: their first dimension is that of the turns."""
+def turns_of(layout: Layout) -> dict[str, set[int]]:
+    """The dimensions of parameters of which each turn of a loop takes a part, by path."""
     layers = {axis.atom for axis in layout.meaning.axes if word(axis.name) == "layers"}
-    return {path for path, dims in layout.parameters().items() if dims and layers.intersection(layout.expand(dims[0]))}
+    return {p: {0} for p, dims in layout.parameters().items() if dims and layers.intersection(layout.expand(dims[0]))}
+
+
+def windows_of(layout: Layout) -> dict[str, set[int]]:
+    """The dimensions of parameters along which convolutions move their window, by path.
+
+    They are never split: XLA may sum the gradient of such a kernel more often than once (jax 0.10.2, CPU).
+    """
+    atoms = {
+        atom
+        for node in layout.meaning.view.normal.nodes_named("conv_general_dilated")
+        for d in node.attributes["dimension_numbers"].rhs_spec[2:]
+        for atom in layout.expand(layout.dims(node.inputs[1])[d])
+    }
+    found = {
+        path: {d for d, factors in enumerate(dims) if atoms.intersection(layout.expand(factors))}
+        for path, dims in layout.parameters().items()
+    }
+    return {path: dims for path, dims in found.items() if dims}
+
+
+def refuse_windows(specs: Mapping[str, PartitionSpec], windows: Mapping[str, set[int]]) -> None:
+    """Raises `ShardingError` for a kernel that is split along the window of its convolution."""
+    for path, dims in windows.items():
+        if split := [d for d, names in enumerate(specs[path]) if names and d in dims]:
+            raise ShardingError(
+                f"{spec_text(specs[path])} splits dimension {split[0]} of {path}, along which a convolution moves its "
+                "window, and XLA sums gradients wrongly then: split its input or output features instead"
+            )
 
 
 def encodable(value: Any, spec: PartitionSpec) -> tuple[PartitionSpec, str]:

@@ -27,10 +27,12 @@ from compax.passes.shard.layout import (
     fused_parameters,
     indivisible,
     refuse_explicit,
+    refuse_windows,
     split_attention,
     split_by_rules,
-    stacked_parameters,
+    turns_of,
     use_chain,
+    windows_of,
     word,
 )
 from compax.passes.shard.rules import (
@@ -272,7 +274,7 @@ class Shard(Pass):
         chosen = {path.name for path in self.select(map(ParameterPath, program.params), what="parameter")}
         notes: dict[str, list[str]] = {}
         compute: dict[str, PartitionSpec] = {}
-        fused, stacked = dict[str, str](), set[str]()
+        fused, turns, windows = dict[str, str](), dict[str, set[int]](), dict[str, set[int]]()
         layouts = dict[Any, Layout]()
         for key, meaning in meanings.items():
             layout = layouts[key] = self._layout(meaning, sizes, notes, strict=not compute)
@@ -280,11 +282,12 @@ class Shard(Pass):
                 if path in chosen:
                     compute.setdefault(path, spec)
             fused |= fused_parameters(layout)
-            stacked |= stacked_parameters(layout)
+            turns, windows = turns | turns_of(layout), windows | windows_of(layout)
         texts = [rule for rule in self.rules if ARROW not in rule]
         ruled = {path for text in texts for path in ParameterRule.parse(text, sizes, "shard").matched(program.params)}
         compute = parameter_specs(program.params, texts, sizes, compute)
         self._check_use(program, compute)
+        refuse_windows(compute, windows)
         # What does not divide is used in unequal parts, which the compiler pads, and stored without them.
         even = {path: even_spec(compute[path], value.shape, sizes) for path, value in program.params.items()}
         reports, stored = [], dict[str, PartitionSpec]()
@@ -294,7 +297,7 @@ class Shard(Pass):
             spec, why = encodable(value, compute[path])
             compute[path], even[path] = spec, encodable(value, even[path])[0]
             split, reason = (
-                self._stored(value, even[path], sizes, stacked=path in stacked)
+                self._stored(value, even[path], sizes, turns.get(path, set()) | windows.get(path, set()))
                 if path in chosen and path not in ruled
                 else (even[path], "")
             )
@@ -437,13 +440,13 @@ class Shard(Pass):
                 )
 
     def _stored(
-        self, value: Any, compute: PartitionSpec, sizes: Mapping[str, int], *, stacked: bool
+        self, value: Any, compute: PartitionSpec, sizes: Mapping[str, int], whole: set[int]
     ) -> tuple[PartitionSpec, str]:
         """How a parameter, its gradient or its optimizer's state is stored under ZeRO, or why it is whole."""
         if not self._stage:
             return compute, ""
-        first = 1 if stacked else 0
-        if value.ndim - first < _MATRIX:
+        dims = [d for d in range(value.ndim) if d not in whole]
+        if len(dims) < _MATRIX:
             return compute, "a vector: whole on each device"
         over, entries = [n for n in self._zero_axes if n in sizes], entries_of(compute, value.ndim)
         parts = math.prod(sizes[name] for name in over)
@@ -456,7 +459,7 @@ class Shard(Pass):
             unfilled = (room[d] // parts) % (_COLUMNS if last else _ROWS) != 0
             return bool(entries[d]), unfilled, last, -room[d]
 
-        for d in sorted(range(first, value.ndim), key=rank):
+        for d in sorted(dims, key=rank):
             if room[d] % parts == 0:
                 found = spec_of([*entries[:d], (*entries[d], *over), *entries[d + 1 :]])
                 if encodable(value, found)[0] == found:

@@ -254,6 +254,29 @@ def test_models_that_know_nothing_of_meshes(name: str) -> None:
 
 
 @zoo.foreign_warnings
+def test_kernels_of_convolutions_are_not_split_along_their_window() -> None:
+    # XLA summed the gradient of such a kernel once for each device of the other axis.
+    model = zoo.load("flax_vit")
+    base = compax.capture(model.module, *model.inputs, variables=model.variables, **model.kwargs)
+    kernel = "vit.embeddings.patch_embeddings.projection.kernel"
+
+    def gradient(program: Program) -> jax.Array:
+        def loss(params: Any) -> jax.Array:
+            (logits,) = jax.tree.leaves(program.apply(params, program.state, *model.inputs, **model.kwargs)[0])
+            return jnp.mean(logits**2)
+
+        return jax.jit(jax.grad(loss))(dict(program.params))[kernel]
+
+    program = Pipeline.parse("shard(fsdp=2, tensor=4)")(base).place()
+    assert program.placement.spec(kernel)[:2] == (None, None)
+    np.testing.assert_allclose(gradient(program), gradient(base), atol=1e-6)
+    with pytest.raises(
+        ShardingError, match=r"splits dimension 1 of .*projection\.kernel, along which a convolution moves"
+    ):
+        Pipeline.parse('shard(fsdp=2, tensor=4, rules=["**.projection.kernel: -,fsdp,-,-"])')(base)
+
+
+@zoo.foreign_warnings
 def test_fused_projections_stay_whole_and_say_so() -> None:
     model = zoo.load("flax_gpt2")
     base = compax.capture(model.module, *model.inputs, variables=model.variables, **model.kwargs)
