@@ -75,8 +75,9 @@ def on_auto_axes(
     placement.check_mesh(mesh)
     makers = {x: op for op in captured.graph.ops for x in op.outputs}
     out = [NamedSharding(mesh, _spec(output, makers, mesh)) for output in captured.graph.outputs]
+    inside: Any = jax.sharding.auto_axes(functools.partial(function, captured), out_sharding=out)
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.auto_axes(functools.partial(function, captured), out_sharding=out)(*arguments)
+        return inside(*arguments)
 
 
 def _explicit_mesh(trees: Any) -> AbstractMesh | None:

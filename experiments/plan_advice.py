@@ -16,7 +16,7 @@ from compax.experiments.plan_memory import predicted_peak
 from compax.experiments.plan_report import Report
 from compax.printing import bytes_text
 from compax.target import Target
-from compax.transform import PHASES
+from compax.transform import PHASES, Pass
 
 _SHOWN = 6
 _FRACTIONS = (2, 4, 8, 16)
@@ -154,7 +154,7 @@ def _quiet() -> Generator[None]:
         logger.setLevel(level)
 
 
-def _phase(pass_: compax.Pass) -> int:
+def _phase(pass_: Pass) -> int:
     return PHASES.index(pass_.phase) if pass_.phase in PHASES else -1
 
 
