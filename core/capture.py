@@ -418,8 +418,6 @@ def _count_dynamic(signature: Signature) -> int:
 
 
 def _struct(x: Any) -> Any:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return x
     return _jax.as_struct(_jax.abstract(x))
 
 

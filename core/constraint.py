@@ -9,6 +9,7 @@ called with; on arrays of a single device the operation does nothing, as all of 
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,11 +52,30 @@ def lies(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     return x
 
 
+def entries_of(spec: PartitionSpec, dimensions: int) -> list[tuple[str, ...]]:
+    """The mesh axes of each dimension; none where that is left to the compiler."""
+    free = (None, PartitionSpec.UNCONSTRAINED)
+    found = [() if names in free else (names,) if isinstance(names, str) else tuple(names) for names in spec]
+    return found + [()] * (dimensions - len(found))
+
+
+def even_entries(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """The mesh axes of each dimension, without those of dimensions that do not divide.
+
+    Args:
+        spec: of a value.
+        shape: of it.
+        sizes: of the mesh: by axis.
+    """
+    return [
+        names if size % math.prod(sizes[name] for name in names) == 0 else ()
+        for names, size in zip(entries_of(spec, len(shape)), shape, strict=True)
+    ]
+
+
 def _divides(x: jax.Array, sharding: NamedSharding) -> bool:
-    sizes = sharding.mesh.shape
-    entries = [() if entry in (None, PartitionSpec.UNCONSTRAINED) else entry for entry in sharding.spec]
-    names = [(entry,) if isinstance(entry, str) else entry for entry in entries]
-    return all(x.shape[d] % math.prod(sizes[name] for name in over) == 0 for d, over in enumerate(names))
+    spec, sizes = sharding.spec, sharding.mesh.shape
+    return even_entries(spec, x.shape, sizes) == entries_of(spec, x.ndim)
 
 
 def _abstract(aval: Any, **_: Any) -> Any:

@@ -8,8 +8,7 @@ out of (`jax.sharding.auto_axes`). Gradients have the types of what they are of.
 import contextlib
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,12 +17,9 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from compax import _jax
 from compax.capture import Arguments, Captured
-from compax.constraint import CONSTRAIN
+from compax.constraint import CONSTRAIN, even_entries
 from compax.ir import Op, Operand
 from compax.placement import Placement
-from compax.sources import Arrays
-
-_UNCONSTRAINED = PartitionSpec.UNCONSTRAINED
 
 
 def untyped(arguments: Arguments, placement: Placement) -> Arguments:
@@ -35,16 +31,6 @@ def untyped(arguments: Arguments, placement: Placement) -> Arguments:
         mesh = _auto(mesh)
     avals = tuple((*aval[:-1], None) for aval in signature.avals)
     return dataclasses.replace(arguments, signature=dataclasses.replace(signature, avals=avals, mesh=mesh))
-
-
-def traceable(
-    arguments: Arguments, params: Arrays, state: Arrays, placement: Placement
-) -> tuple[Arguments, Arrays, Arrays]:
-    """What a graph is captured from: shapes without types that say how values lie, for a program on a mesh."""
-    if placement.mesh is None:
-        return arguments, params, state
-    arrays, params, state = _shapes((arguments.arrays, dict(params), dict(state)))
-    return dataclasses.replace(arguments, arrays=arrays), params, state
 
 
 def tracing(mesh: AbstractMesh | None) -> AbstractContextManager[Any]:
@@ -88,29 +74,13 @@ def _explicit_mesh(trees: Any) -> AbstractMesh | None:
     return None
 
 
-def _shapes(tree: Any) -> Any:
-    """Arrays as shapes and dtypes."""
-
-    def shape(leaf: Any) -> Any:
-        aval = _jax.abstract(leaf)
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=bool(getattr(aval, "weak_type", False)))
-
-    return jax.tree.map(shape, tree)
-
-
 def _spec(output: Operand, makers: dict[Any, Op], mesh: AbstractMesh) -> PartitionSpec:
-    """How an output lies; whole where nothing says otherwise."""
+    """How an output lies: whole where nothing says otherwise, and where it does not divide, which no type can say."""
     op = makers.get(output)
     if op is None or op.name != CONSTRAIN:
         return PartitionSpec()
-    return PartitionSpec(*_entries(op.attributes["sharding"].spec, output.shape, mesh))
-
-
-def _entries(spec: PartitionSpec, shape: tuple[int, ...], mesh: AbstractMesh) -> Iterator[Any]:
-    """Entries that a type can have: what does not divide is whole."""
-    for entry, size in zip(spec, shape, strict=False):
-        names = () if entry is None or entry is _UNCONSTRAINED else (entry,) if isinstance(entry, str) else tuple(entry)
-        yield names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+    entries = even_entries(op.attributes["sharding"].spec, output.shape, mesh.shape)
+    return PartitionSpec(*(names or None for names in entries))
 
 
 def _auto(mesh: AbstractMesh) -> AbstractMesh:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from compax.constraint import constrain
+from compax.constraint import constrain, entries_of
 from compax.encoding import Encoded
 from compax.errors import PlacementError
 
@@ -215,12 +215,6 @@ def leaf_specs(value: Any, spec: PartitionSpec) -> Any:
         EncodingError: the encoding cannot be split so.
     """
     return value.spec(spec) if isinstance(value, Encoded) else spec
-
-
-def entries_of(spec: PartitionSpec, dimensions: int) -> list[tuple[str, ...]]:
-    """The mesh axes of each dimension."""
-    found = [() if names is None else (names,) if isinstance(names, str) else tuple(names) for names in spec]
-    return found + [()] * (dimensions - len(found))
 
 
 def axes_of(spec: PartitionSpec) -> list[str]:

@@ -190,8 +190,7 @@ class Program:
             return self._once(key, lambda: self._replay(self._trace(self.entry(name), arguments)))
 
     def _trace(self, entry: Entry, arguments: Arguments) -> Captured:
-        stored = self.origin or (dict(map(_logical, self.params.items())), self.state)
-        arguments, params, state = explicit.traceable(arguments, *stored, self.placement)
+        params, state = self.origin or (dict(map(_logical, self.params.items())), self.state)
         captured, closed_over = trace_entry(entry, arguments, params, state)
         if unknown := closed_over.keys() - params.keys():
             raise CaptureError(

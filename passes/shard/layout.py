@@ -13,6 +13,7 @@ from compax.analysis.atoms import Atom, Factors
 from compax.analysis.normal import Val
 from compax.capture import Captured
 from compax.composites.base import Attention
+from compax.constraint import even_entries
 from compax.encoding import Encoded
 from compax.errors import EncodingError, ShardingError
 from compax.meaning import Meaning
@@ -212,10 +213,7 @@ def indivisible(layout: Layout, name: str, size: int, parameters: Iterable[str],
 
 def even_spec(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
     """A spec without the splits of dimensions that do not divide."""
-    return spec_of(
-        names if shape[d] % math.prod(sizes[name] for name in names) == 0 else ()
-        for d, names in enumerate(entries_of(spec, len(shape)))
-    )
+    return spec_of(even_entries(spec, shape, sizes))
 
 
 def use_chain(
