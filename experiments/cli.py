@@ -183,6 +183,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     plan.add_argument("--json", metavar="FILE", help="write all figures")
     plan.add_argument("--html", metavar="FILE", help="write a page with pictures")
     plan.add_argument("--hlo", metavar="FILE", help="write the compiled text")
+    plan.add_argument(
+        "--quick",
+        action="store_true",
+        help="compile with the least effort: a tenth of the time, memory within percents",
+    )
     plan.add_argument("--sweep", metavar="NAME=VALUES", nargs="+", help="plan every combination, and compare")
 
     launch = command("launch", _launch, "run a command on slices of Cloud TPU, or print what that takes", LAUNCH_HELP)

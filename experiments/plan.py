@@ -27,7 +27,8 @@ The report as JSON (`--json=FILE`); bytes, FLOPs and seconds are of one device, 
                      predicted_seconds}]
     time             predicted: {compute, memory, hidden, waits, step, bound}, or null
     training         tokens, predicted: {tokens_per_second, mfu, days, money (US dollars), kwh}, or null
-    compiling        measured: {seconds {phase: seconds}, processor_seconds, host_bytes}
+    compiling        quick: whether with the least effort; measured: {seconds {phase: seconds}, processor_seconds,
+                     host_bytes}
 
 A sweep is `{"points": [{"settings": {...}, "report": a report or null, "error": text or null}]}`.
 """
@@ -69,6 +70,7 @@ class Options:
         json: file for the figures.
         html: file for a page.
         hlo: file for the compiled text.
+        quick: compile with the least of the compiler's effort.
     """
 
     topology: str = ""
@@ -78,6 +80,7 @@ class Options:
     json: str | None = None
     html: str | None = None
     hlo: str | None = None
+    quick: bool = False
 
 
 Tell = Callable[[str, float], None]
@@ -123,7 +126,7 @@ def make_report(config: Config, options: Options, tell: Tell) -> Report:
     config, chosen = programs.settled(config, target)
     axes = mesh_axes(config, options.mesh, target)
     arguments = {"config": configs.to_json(config), "forward": options.forward, "target": str(target)}
-    compiled = compile_for(Request(target, axes, BUILDER, arguments, options.hlo), tell)
+    compiled = compile_for(Request(target, axes, BUILDER, arguments, options.hlo, options.quick), tell)
     facts = Facts.from_json(compiled.facts)
     tokens = options.tokens or float(TOKENS_PER_PARAMETER * facts.parameters)
     return Report(
@@ -137,6 +140,7 @@ def make_report(config: Config, options: Options, tell: Tell) -> Report:
         compiled=compiled,
         tokens=tokens,
         chosen=chosen,
+        quick=options.quick,
     )
 
 

@@ -41,6 +41,7 @@ class Report:
         compiled: what the compiler made.
         tokens: to train on.
         chosen: what passes said of what they chose by themselves.
+        quick: compiled with the least of the compiler's effort.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Report:
     compiled: Compiled
     tokens: float
     chosen: tuple[str, ...] = ()
+    quick: bool = False
 
     @property
     def fits(self) -> bool:
@@ -248,10 +250,11 @@ def _json(report: Report) -> dict[str, Any]:
         else None,
         "training": {"tokens": report.tokens, "predicted": dataclasses.asdict(economy)} if economy else None,
         "compiling": {
+            "quick": report.quick,
             "measured": {
                 "seconds": dict(compiled.seconds),
                 "processor_seconds": compiled.processor_seconds,
                 "host_bytes": compiled.host_bytes,
-            }
+            },
         },
     }

@@ -87,6 +87,11 @@ def notes(report: Report) -> list[str]:
                 f"{kind} moves {total.bytes / asked:.1f} times what the shardings ask for (compiled by predicted): the "
                 "compiler splits values in between otherwise than the parameters"
             )
+    if report.quick:
+        found.append(
+            "compiled with the least of the compiler's effort: collectives that it overlaps with products otherwise "
+            "are awaited here, so that the step takes longer, and memory differs by some percent"
+        )
     if report.compiled.unknown_loops:
         found.append(f"{len(report.compiled.unknown_loops)} loop(s) of unknown length are counted once")
     return found

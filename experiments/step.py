@@ -159,5 +159,6 @@ def make_step(config: Config, program: compax.Program, specs: StepSpecs | None =
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(before.updates), "skipped": after.skipped}
         return after, metrics
 
-    options = compiler_options(jax.default_backend()) if placement.mesh is not None else {}
+    device = jax.devices()[0]
+    options = compiler_options(device.platform, device.device_kind) if placement.mesh is not None else {}
     return jax.jit(step, donate_argnums=0, compiler_options=options or None)

@@ -20,7 +20,8 @@ def product(mesh: Mesh, arguments: Mapping[str, Any]) -> Built:
     rows = jax.ShapeDtypeStruct((arguments["rows"], 128), jnp.float32, sharding=split)
     weight = jax.ShapeDtypeStruct((128, 256), jnp.float32, sharding=whole)
     print("libraries print what they like")
-    return Built(jax.jit(lambda x, w: jnp.tanh(x @ w).sum()).trace(rows, weight), {"rows": arguments["rows"]})
+    facts = {"rows": arguments["rows"], "effort": jax.config.jax_exec_time_optimization_effort}
+    return Built(jax.jit(lambda x, w: jnp.tanh(x @ w).sum()).trace(rows, weight), facts)
 
 
 def refused(mesh: Mesh, arguments: Mapping[str, Any]) -> Built:

@@ -130,7 +130,8 @@ def _compiled(request: Mapping[str, Any], clock: _Clock, result: dict[str, Any])
     clock.begin("lower")
     lowered = built.traced.lower(lowering_platforms=(target.chip.platform,))
     clock.begin("compile")
-    compiled = lowered.compile(compiler_options=compiler_options(target.chip.platform))
+    options = compiler_options(target.chip.platform, mesh.devices.flat[0].device_kind)
+    compiled = lowered.compile(compiler_options=options)
     clock.begin("read")
     text = compiled.as_text() or ""
     if request["hlo"]:

@@ -35,6 +35,11 @@ _COLLECTIVES = {
     "collective-broadcast": "permute",
 }
 _STARTS = "async-collective-start"
+_APART = ("async-start", "call-start")
+"""Opcodes of what runs beside the instructions that follow, a TPU's SparseCores' calls among them."""
+_WORK = ("fusion", "convolution", "dot", "while", "conditional", "call", "sort", "scatter", "reduce", "custom-call")
+_NO_WORK = ("PrepareAsyncCallStart", "PrepareAsyncCallDone", "AllocateBuffer")
+"""Targets of custom calls that take no time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Collective:
             slices.
         between_slices: whether it goes over the network between slices.
         count: how often it runs in a call of the program.
-        asynchronous: whether it is started and awaited apart, so that other work may hide it.
+        asynchronous: whether other work runs between its start and its end, and hides it.
         name: the instruction.
         op_name: the operation of the program that asked for it, as JAX named it.
     """
@@ -119,7 +124,7 @@ class Module:
                 found.add(name)
             for instruction in self.computations[name].instructions:
                 for called in _entered(instruction):
-                    enter(called, fused or instruction.opcode == "fusion" or instruction.opcode.startswith("async"))
+                    enter(called, fused or instruction.opcode in ("fusion", *_APART))
 
         enter(self.entry, False)
         return frozenset(found)
@@ -146,9 +151,7 @@ def _entered(instruction: Instruction) -> tuple[str, ...]:
     """Computations that run when the instruction does; not the scalar functions of reductions, sorts and scatters."""
     called = instruction.called
     names = [called[key] for key in ("body",) if key in called]
-    if instruction.opcode in ("fusion", "call", "async-start") or (
-        instruction.opcode == "custom-call" and "calls" in called
-    ):
+    if instruction.opcode in ("fusion", "call", *_APART) or (instruction.opcode == "custom-call" and "calls" in called):
         names += [called[key] for key in ("calls", "to_apply") if key in called]
     if instruction.opcode == "conditional":
         names += instruction.branches
@@ -166,10 +169,11 @@ def collectives(module: Module) -> tuple[Collective, ...]:
     always with the same channel: it counts where it is started.
     """
     pieces = _pieces(module)
-    started = {
-        instruction.called["calls"]
-        for _, instruction, _ in module.walk()
-        if instruction.opcode == "async-start" and "calls" in instruction.called
+    hidden = {
+        name: _is_hidden(computation, instruction)
+        for computation, instruction, _ in module.walk()
+        if instruction.opcode in _APART
+        for name in _entered(instruction)
     }
     found: list[Collective] = []
     for computation, instruction, times in module.walk():
@@ -189,10 +193,25 @@ def collectives(module: Module) -> tuple[Collective, ...]:
             payload *= size
         if kind == "all-reduce" and computation.name in module.fused and _keeps_a_slice(computation, instruction):
             kind = "reduce-scatter"
-        asynchronous = in_pieces or instruction.opcode.endswith("-start") or computation.name in started
+        if not (asynchronous := in_pieces or hidden.get(computation.name, False)):
+            asynchronous = instruction.opcode.endswith("-start") and _is_hidden(computation, instruction)
         name, op_name = instruction.name, instruction.op_name
         found.append(Collective(kind, payload, size, False, times, asynchronous, name, op_name))
     return tuple(found)
+
+
+def _is_hidden(computation: Computation, start: Instruction) -> bool:
+    """Whether anything that takes time is scheduled between a start and its end, or the end is elsewhere."""
+    names = {start.name}
+    following = computation.instructions[computation.instructions.index(start) + 1 :]
+    for instruction in following:
+        if names.intersection(instruction.operands):
+            if instruction.opcode.endswith("-done"):
+                return False
+            names.add(instruction.name)
+        elif instruction.opcode in _WORK and not any(f'"{target}"' in instruction.text for target in _NO_WORK):
+            return True
+    return True
 
 
 def _channel(instruction: Instruction) -> str:

@@ -269,6 +269,7 @@ class Planner:
 
     def _best(self, layers: Sequence[Layers], budget_bytes: int, best: Plan) -> Plan:
         room = float(budget_bytes - self.least.peak + self.nothing.working_bytes)
+        fits, too_much, over_before = float(self.nothing.working_bytes), math.inf, math.inf
         for _ in range(_ROUNDS):
             choice = choose(layers, room)
             if choice is None:
@@ -283,8 +284,16 @@ class Planner:
                 best = Plan(marks, self.regions, choice, predicted)
             if -0.02 * budget_bytes < over <= 0 or (over <= 0 and choice.seconds == 0):
                 break
-            # What is too much is taken from what was used, not from the room: the choice may have left some of it.
-            room = choice.kept_bytes + choice.working_bytes - over if over > 0 else room - 0.8 * over
+            used = choice.kept_bytes + choice.working_bytes
+            if over > 0:
+                # What is too much is taken from what was used, not from the room: the choice may have left some of it.
+                # If that helps little, other values make the peak, and what is kept is halved towards what fits.
+                too_much = used
+                room = (fits + used) / 2 if over > over_before / 2 else used - over
+                over_before = over
+            else:
+                fits = max(fits, used)
+                room, over_before = min(room - 0.8 * over, (used + too_much) / 2), math.inf
         return best
 
     def marks(self, choice: Choice) -> dict[Path, Mark]:

@@ -147,17 +147,30 @@ def test_a_program_on_one_device_has_none():
     assert hlo.collectives(compiled(lambda x: x * 2, (64, 8))) == ()
 
 
-def test_started_and_awaited_apart_counts_once():
+WORK = "  %w = f32[8,8]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}"
+NO_WORK = '  %w = s32[] custom-call(), custom_call_target="PrepareAsyncCallStart"'
+
+
+@pytest.mark.parametrize(("between", "hidden"), [(WORK, True), (NO_WORK, False)])
+def test_started_and_awaited_apart_counts_once(between: str, hidden: bool):
     parsed = module(
         PARAMETER,
         "  %s = (f32[8,128], f32[64,128]) all-gather-start(%p), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}",
+        between,
         "  ROOT %d = f32[64,128]{1,0} all-gather-done(%s)",
     )
     (found,) = hlo.collectives(parsed)
-    assert (found.kind, found.bytes, found.asynchronous) == ("all-gather", 64 * 128 * 4, True)
+    assert (found.kind, found.bytes, found.asynchronous) == ("all-gather", 64 * 128 * 4, hidden)
 
 
-def test_a_wrapped_collective_is_asynchronous():
+@pytest.mark.parametrize(
+    "start",
+    [
+        "((f32[8,128]), f32[1,128], u32[]) async-start(%p), calls=%wrapped",
+        '((f32[8,128]), f32[1,128]) call-start(%p), async_execution_thread="sparsecore", to_apply=%wrapped',
+    ],
+)
+def test_a_wrapped_collective_is_asynchronous(start: str):
     wrapped = "\n".join(
         [
             "%wrapped (q: f32[8,128]) -> f32[1,128] {",
@@ -169,8 +182,9 @@ def test_a_wrapped_collective_is_asynchronous():
     )
     parsed = module(
         PARAMETER,
-        "  %s = ((f32[8,128]), f32[1,128], u32[]) async-start(%p), calls=%wrapped",
-        "  ROOT %d = f32[1,128]{1,0} async-done(%s)",
+        f"  %s = {start}",
+        WORK,
+        f"  ROOT %d = f32[1,128]{{1,0}} {'call' if 'call-start' in start else 'async'}-done(%s)",
         before=wrapped,
     )
     (found,) = hlo.collectives(parsed)

@@ -16,8 +16,10 @@ from compax.errors import BudgetError, CaptureError, PipelineError, SelectorErro
 from compax.experiments.benchmarks import zoo
 from compax.models import decoder
 from compax.passes import Remat
+from compax.passes.remat.planning import Planner
 from compax.passes.remat.solving import Item, Layers, choose, priced
 from compax.rewrites.checkpoint import find_regions
+from compax.target import Target
 from compax.transform import Context
 from oracle import assert_preserves
 
@@ -186,6 +188,21 @@ def test_a_budget_is_kept_by_what_the_compiler_says() -> None:
         assert "compiled" in result.notes[0]
         kept.append(len(result.decisions["marks"]))
     assert kept[0] < kept[1]
+
+
+@pytest.mark.slow  # some twenty integer programs
+def test_no_budget_gives_up_for_want_of_steps() -> None:
+    """Where the head makes the peak, keeping a little less in layers changes nothing at first."""
+    config = dataclasses.replace(decoder.SIZES["smollm2-135m"], num_layers=4, dtype="bfloat16")
+    model = nnx.eval_shape(lambda: decoder.Decoder(config, rngs=nnx.Rngs(0)))
+    given = compax.capture(model, jax.ShapeDtypeStruct((8, 512), jnp.int32), loss=loss)
+    planner = Planner(given, given.graph(), find_regions(given.graph(), given.meaning()), Target.parse("v5e"), 2)
+    least, room = planner.least.peak, planner.without.peak - planner.least.peak
+    plans = [planner.plan(round(least + share * room)) for share in (0.15, 0.5, 0.8, 0.9, 0.95)]
+    seconds = [plan.choice.seconds for plan in plans if plan is not None]
+    assert len(seconds) == 5
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[1] < planner.nothing.seconds / 3
 
 
 def test_what_fits_anyway_is_left_alone() -> None:

@@ -1,17 +1,23 @@
 """Compiles in a child process: for CPUs everywhere, for slices of TPUs where libtpu is installed."""
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from compax.errors import CompileError, ShardingError
 from compax.target import Target
 from compax.tpu import Request, compile_for, compiling, parse_mesh
+from compax.tpu.options import compiler_options
 from compax.tpu.worker import exhausted
+
+KINDS = ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x")
+"""What JAX calls chips from v4 to tpu7x."""
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the compiler of TPUs: pip install -e '.[tpu]'"
@@ -24,6 +30,14 @@ def builders(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
 
 
+@pytest.fixture
+def set_effort():
+    """Sets JAX's effort of compiling for one test."""
+    name = "jax_exec_time_optimization_effort"
+    yield lambda effort: jax.config.update(name, effort)
+    jax.config.update(name, 0.0)
+
+
 def request(builder: str, target: str = "cpu", mesh: str = "data=4", hlo: str | None = None, **arguments) -> Request:
     parsed = Target.parse(target)
     return Request(parsed, parse_mesh(mesh, parsed), f"builders:{builder}", arguments, hlo)
@@ -34,7 +48,7 @@ def test_figures_come_back(tmp_path):
     kept = tmp_path / "text.hlo"
     compiled = compile_for(request("product", rows=64, hlo=str(kept)), lambda phase, seconds: phases.append(phase))
     assert phases == ["start", "build", "lower", "compile", "read"] == list(compiled.seconds)
-    assert compiled.facts == {"rows": 64}
+    assert compiled.facts == {"rows": 64, "effort": 0.0}
     assert compiled.flops == {"float32": 2 * 16 * 128 * 256}
     (reduced,) = compiled.collectives
     assert (reduced.kind, reduced.bytes, reduced.group_size) == ("all-reduce", 4, 4)
@@ -44,6 +58,19 @@ def test_figures_come_back(tmp_path):
     assert compiled.host_bytes > 50e6
     assert compiled.buffers
     assert kept.read_text().startswith("HloModule")
+
+
+def test_the_compiler_tries_as_hard_as_is_asked(set_effort):
+    quick = dataclasses.replace(request("product", rows=64), quick=True)
+    assert compile_for(quick).facts["effort"] == -1.0
+    set_effort(-0.5)
+    assert compile_for(request("product", rows=64)).facts["effort"] == -0.5
+
+
+def test_which_chips_send_from_their_sparse_cores():
+    chosen = {kind: compiler_options("tpu", kind).keys() - compiler_options("tpu").keys() for kind in KINDS}
+    assert [kind for kind, more in chosen.items() if more] == ["TPU v5", "TPU v6 lite", "TPU7x"]
+    assert compiler_options("cpu", "cpu") == {}
 
 
 def test_our_errors_come_back_as_they_are():
@@ -157,6 +184,8 @@ def test_a_slice_that_is_too_small():
     ("target", "mesh", "groups"),
     [
         ("v4:2x2x1", "data=4", [(4, False)]),
+        ("v5p:2x2x1", "data=4", [(4, False)]),
+        ("v6e:2x2", "data=4", [(4, False)]),
         ("tpu7x:2x2x1", "data=8", [(8, False)]),
         ("v5e:4x4", "data=2,model=8", [(2, False)]),
         ("v5e:2x2*2", "data=8", [(4, False), (2, True)]),
