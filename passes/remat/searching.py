@@ -72,6 +72,8 @@ def search(planner: Planner, budget: int, meter: Meter, meaning: Meaning) -> Fou
         # The compiler's figure corrects the prediction; a little more, because what is off grows with what is kept.
         off = peak - plan.predicted.peak
         allowed = budget - round(off * (1.15 if peak > budget else 1.05))
+        # What is off where nothing is computed again tells less of what is off where something is.
+        allowed -= round(_ROOM * budget) if peak > budget and not plan.regions else 0
     if fitting is None:
         raise BudgetError(_too_little(planner, budget, min(peak for _, peak in compiled), "compiled", meaning))
     return Found(fitting, tuple(compiled))
