@@ -232,8 +232,8 @@ def _child(asked: pathlib.Path, answer: pathlib.Path, stderr: Any, quick: bool) 
     environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     # A cache of compiled programs would be filled with ones that no device here can run.
     environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    effort = -1.0 if quick else jax.config.jax_exec_time_optimization_effort
-    environment["JAX_EXEC_TIME_OPTIMIZATION_EFFORT"] = str(effort)
+    name = "jax_exec_time_optimization_effort"
+    environment[name.upper()] = str(-1.0 if quick else getattr(jax.config, name))
     run = "import sys; from compax.tpu.worker import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", run, str(asked), str(answer)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True)
