@@ -149,6 +149,9 @@ FIELDS: Mapping[str, Field] = {
         resumable=True,
     ),
     "sharding.optimizer": Field((), "As sharding.params, after it, for the optimizer's state alone.", resumable=True),
+    "compiler.options": Field(
+        (), "Options of XLA's compiler for the step, as NAME=VALUE, over those that compax sets.", resumable=True
+    ),
     "plan.topology": Field("", "Slice that `plan` compiles for, such as v5e:4x4.", resumable=True),
     "plan.mesh": Field(
         "",

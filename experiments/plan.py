@@ -53,6 +53,7 @@ from compax.experiments.console import Console
 from compax.experiments.plan_advice import shortage_text
 from compax.experiments.plan_build import BUILDER, Facts
 from compax.experiments.plan_report import TOKENS_PER_PARAMETER, Report
+from compax.experiments.step import given_options
 from compax.placement import mesh_text
 from compax.target import Target
 from compax.tpu import Request, compile_for, parse_mesh
@@ -126,7 +127,8 @@ def make_report(config: Config, options: Options, tell: Tell) -> Report:
     config, chosen = programs.settled(config, target)
     axes = mesh_axes(config, options.mesh, target)
     arguments = {"config": configs.to_json(config), "forward": options.forward, "target": str(target)}
-    compiled = compile_for(Request(target, axes, BUILDER, arguments, options.hlo, options.quick), tell)
+    request = Request(target, axes, BUILDER, arguments, options.hlo, options.quick, given_options(config))
+    compiled = compile_for(request, tell)
     facts = Facts.from_json(compiled.facts)
     tokens = options.tokens or float(TOKENS_PER_PARAMETER * facts.parameters)
     return Report(

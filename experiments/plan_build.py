@@ -26,7 +26,7 @@ from compax.experiments.optimizer import optimizer
 from compax.experiments.plan_memory import predicted_peak
 from compax.experiments.plan_predict import Prediction, predict
 from compax.experiments.shardings import StepSpecs
-from compax.experiments.step import TrainState, make_step
+from compax.experiments.step import TrainState, step_function
 from compax.instruments import Journal
 from compax.passes.shard.rules import spec_text
 from compax.placement import axes_of
@@ -159,7 +159,7 @@ def _train(
     )
     kept = shardings.abstract(mesh, frozen, shardings.follow(frozen, params, specs.params))
     kept = shardings.in_memories(kept, placement.memory)
-    step = make_step(config, program, specs)
+    step = step_function(config, program, specs)
 
     def train_step(state: TrainState, frozen: dict[str, Any], tokens: jax.Array) -> Any:
         return step(state, frozen, tokens)

@@ -176,7 +176,7 @@ def buffer_rows(report: Report) -> list[tuple[str, str, str]]:
 
 def operation_text(name: str, most: int = _OPERATION) -> str:
     """The end of an operation's name, which says most."""
-    name = name.replace("jit(train_step)/jit(step)/", "").replace("closed_call/", "")
+    name = name.replace("jit(train_step)/", "").replace("closed_call/", "")
     return name if len(name) <= most else "..." + name[3 - most :]
 
 

@@ -87,8 +87,25 @@ def laid_out(state: TrainState, params: Mapping[str, Any], placement: Placement,
     )
 
 
-def make_step(config: Config, program: compax.Program, specs: StepSpecs | None = None) -> Step:
-    """Returns the jitted step `(state, frozen, tokens) -> (state, metrics)`; it donates the buffers of `state`.
+def make_step(config: Config, program: compax.Program) -> Step:
+    """Returns `step_function`, jitted with the compiler's options; it donates the buffers of `state`.
+
+    Raises:
+        ConfigError: the compiler does not take an option of the config.
+    """
+    device = jax.devices()[0]
+    options = compiler_options(device.platform, device.device_kind) if program.placement.mesh is not None else {}
+    given = given_options(config)
+    try:
+        jax.jit(lambda: 0, compiler_options=given or None)()
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"compiler.options: {str(error).splitlines()[0]}") from error
+    options |= given
+    return jax.jit(step_function(config, program), donate_argnums=0, compiler_options=options or None)
+
+
+def step_function(config: Config, program: compax.Program, specs: StepSpecs | None = None) -> Step:
+    """Returns the step `(state, frozen, tokens) -> (state, metrics)`.
 
     `tokens` is int32[accumulation, batch, sequence_length + 1]; gradients are the mean over the first dimension. An
     update whose loss or gradient is not finite is left out: parameters, program state and optimizer stay as they were.
@@ -159,6 +176,19 @@ def make_step(config: Config, program: compax.Program, specs: StepSpecs | None =
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(before.updates), "skipped": after.skipped}
         return after, metrics
 
-    device = jax.devices()[0]
-    options = compiler_options(device.platform, device.device_kind) if placement.mesh is not None else {}
-    return jax.jit(step, donate_argnums=0, compiler_options=options or None)
+    return step
+
+
+def given_options(config: Config) -> dict[str, str | bool]:
+    """The options of the compiler that a config gives.
+
+    Raises:
+        ConfigError: one is no NAME=VALUE.
+    """
+    found: dict[str, str | bool] = {}
+    for text in config.compiler.options:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"compiler.options: '{text}' is no NAME=VALUE, such as xla_cpu_enable_fast_math=true")
+        found[name.removeprefix("--")] = {"true": True, "false": False}.get(value.lower(), value)
+    return found

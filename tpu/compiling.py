@@ -43,6 +43,7 @@ class Request:
         quick: with the least of the compiler's effort, else with as much as JAX is set to
             (`jax_exec_time_optimization_effort`). Compiling takes a tenth of the time; products and bytes that are
             sent are the same, memory about so, and nothing is sent while something else is computed.
+        options: of the compiler, over those of `compax.tpu.options`.
     """
 
     target: Target
@@ -51,6 +52,7 @@ class Request:
     arguments: Mapping[str, Any]
     hlo: str | None = None
     quick: bool = False
+    options: Mapping[str, str | bool] = dataclasses.field(default_factory=dict[str, str | bool])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +207,7 @@ def _run(request: Request, tell: Callable[[str], None]) -> dict[str, Any]:
         "axes": dict(request.axes),
         "builder": request.builder,
         "arguments": request.arguments,
+        "options": dict(request.options),
         "hlo": request.hlo and os.path.abspath(request.hlo),
     }
     with tempfile.TemporaryDirectory(prefix="compax-plan-") as folder:

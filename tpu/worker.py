@@ -131,7 +131,7 @@ def _compiled(request: Mapping[str, Any], clock: _Clock, result: dict[str, Any])
     lowered = built.traced.lower(lowering_platforms=(target.chip.platform,))
     clock.begin("compile")
     options = compiler_options(target.chip.platform, mesh.devices.flat[0].device_kind)
-    compiled = lowered.compile(compiler_options=options)
+    compiled = lowered.compile(compiler_options={**options, **request["options"]})
     clock.begin("read")
     text = compiled.as_text() or ""
     if request["hlo"]:

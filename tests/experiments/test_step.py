@@ -11,9 +11,9 @@ from flax import nnx
 
 import compax
 from compax import Program
-from compax.errors import PlacementError
+from compax.errors import ConfigError, PlacementError
 from compax.experiments import config as configs
-from compax.experiments.step import make_step, start
+from compax.experiments.step import given_options, make_step, start
 from compax.models import decoder
 from compax.pipeline import Pipeline
 from compax.placement import HOST, check_memory
@@ -62,6 +62,20 @@ def test_training_computes_the_same(pipeline: str) -> None:
         states.append((state, metrics))
     for one, other in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_options_of_the_compiler() -> None:
+    config, program = training("")
+    config.compiler.options = ("xla_cpu_enable_fast_math=false", "--xla_cpu_enable_fast_min_max=true")
+    assert given_options(config) == {"xla_cpu_enable_fast_math": False, "xla_cpu_enable_fast_min_max": True}
+    tokens = jnp.zeros((1, 2, 9), jnp.int32)
+    assert make_step(config, program)(*start(config, program), tokens)[1]["skipped"] == 0
+    config.compiler.options = ("xla_no_such_option=1",)
+    with pytest.raises(ConfigError, match=r"compiler\.options: .*xla_no_such_option"):
+        make_step(config, program)
+    config.compiler.options = ("xla_cpu_enable_fast_math",)
+    with pytest.raises(ConfigError, match=r"compiler\.options: 'xla_cpu_enable_fast_math' is no NAME=VALUE"):
+        make_step(config, program)
 
 
 def test_a_device_without_such_memory_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:

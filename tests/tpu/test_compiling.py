@@ -67,6 +67,12 @@ def test_the_compiler_tries_as_hard_as_is_asked(set_effort):
     assert compile_for(request("product", rows=64)).facts["effort"] == -0.5
 
 
+def test_options_reach_the_compiler():
+    wrong = dataclasses.replace(request("product", rows=64), options={"xla_no_such_option": "true"})
+    with pytest.raises(CompileError, match="xla_no_such_option"):
+        compile_for(wrong)
+
+
 def test_which_chips_send_from_their_sparse_cores():
     chosen = {kind: compiler_options("tpu", kind).keys() - compiler_options("tpu").keys() for kind in KINDS}
     assert [kind for kind, more in chosen.items() if more] == ["TPU v5", "TPU v6 lite", "TPU7x"]
