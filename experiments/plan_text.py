@@ -89,8 +89,8 @@ def notes(report: Report) -> list[str]:
             )
     if report.quick:
         found.append(
-            "compiled with the least of the compiler's effort: collectives that it overlaps with products otherwise "
-            "are awaited here, so that the step takes longer, and memory differs by some percent"
+            "compiled with the least of the compiler's effort: more collectives are awaited than will be, with tensor "
+            "parallelism more is sent too, and memory differs by some percent"
         )
     if report.compiled.unknown_loops:
         found.append(f"{len(report.compiled.unknown_loops)} loop(s) of unknown length are counted once")

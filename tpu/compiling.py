@@ -41,8 +41,8 @@ class Request:
         arguments: for the builder; survives JSON.
         hlo: where to keep the compiled text; nowhere if None.
         quick: with the least of the compiler's effort, else with as much as JAX is set to
-            (`jax_exec_time_optimization_effort`). Compiling takes a tenth of the time; products and bytes that are
-            sent are the same, memory about so, and nothing is sent while something else is computed.
+            (`jax_exec_time_optimization_effort`). Compiling takes a tenth of the time; products are the same, memory
+            about so, and what full effort sends in parts while products run is sent whole, and sometimes more of it.
         options: of the compiler, over those of `compax.tpu.options`.
     """
 
