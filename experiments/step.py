@@ -95,12 +95,12 @@ def make_step(config: Config, program: compax.Program) -> Step:
     """
     device = jax.devices()[0]
     options = compiler_options(device.platform, device.device_kind) if program.placement.mesh is not None else {}
-    given = given_options(config)
-    try:
-        jax.jit(lambda: 0, compiler_options=given or None)()
-    except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(f"compiler.options: {str(error).splitlines()[0]}") from error
-    options |= given
+    if given := given_options(config):
+        try:
+            jax.jit(lambda: 0, compiler_options=given)()
+        except jax.errors.JaxRuntimeError as error:
+            raise ConfigError(f"compiler.options: {str(error).splitlines()[0]}") from error
+        options |= given
     return jax.jit(step_function(config, program), donate_argnums=0, compiler_options=options or None)
 
 

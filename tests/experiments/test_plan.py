@@ -284,6 +284,8 @@ def test_work_that_is_not_split_is_noted(capsys):
     plan_text.show(found, Console())
     assert f"note: {note}" in capsys.readouterr().out
     assert plan_text.notes(report()) == []
+    (note,) = plan_text.notes(dataclasses.replace(report(), quick=True))
+    assert "least of the compiler's effort" in note
 
 
 def test_traffic_beyond_what_shardings_ask_for_is_noted():
