@@ -254,6 +254,21 @@ class Target:
             "them under the dtype that they are computed in"
         )
 
+    def product_rate(self, dtype: Any) -> float:
+        """FLOP/s of one device for products of any dtype: where no unit computes them, as operations on vectors.
+
+        Infinite where no rate of those is known either: what they move counts alone.
+
+        Raises:
+            TargetError: it is no dtype.
+        """
+        name = _dtype_name(dtype)
+        try:
+            return self.rate(name).flops_per_second
+        except TargetError:
+            vector = self.chip.vector_flops
+            return math.inf if vector is None else vector / self.chip.devices_per_chip
+
     def roofline(self, flops_by_dtype: Mapping[str, float], num_bytes: float) -> Roofline:
         """Predicted least time of work on one device.
 
@@ -262,9 +277,9 @@ class Target:
             num_bytes: that one device reads from and writes to its memory.
 
         Raises:
-            TargetError: no unit computes one of the dtypes.
+            TargetError: one is no dtype.
         """
-        compute = {dtype: flops / self.rate(dtype).flops_per_second for dtype, flops in flops_by_dtype.items()}
+        compute = {dtype: flops / self.product_rate(dtype) for dtype, flops in flops_by_dtype.items()}
         return Roofline(MappingProxyType(compute), num_bytes / self.device_memory_bandwidth)
 
     def roofline_seconds(self, flops_by_dtype: Mapping[str, float], num_bytes: float) -> float:

@@ -329,7 +329,7 @@ def _times(problem: Problem, candidate: Candidate, figures: StepFigures) -> Time
             kind, found.bytes, found.group_size, between_slices=found.between_slices
         )
         hidden, waits = hidden + seconds * found.asynchronous, waits + seconds * (not found.asynchronous)
-    compute = sum(flops / target.rate(dtype).flops_per_second for dtype, flops in figures.flops.items())
+    compute = sum(flops / target.product_rate(dtype) for dtype, flops in figures.flops.items())
     return Times(compute, figures.traffic / target.device_memory_bandwidth, hidden, waits)
 
 

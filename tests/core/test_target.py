@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import subprocess
 import sys
 
@@ -161,6 +162,20 @@ def test_float32_costs_passes_of_bfloat16_or_its_own_unit() -> None:
 def test_a_dtype_that_no_unit_computes_is_an_error(text: str, dtype: str) -> None:
     with pytest.raises(TargetError, match=f"no unit for products of {dtype}; it has some for .*bfloat16"):
         Target.parse(text).rate(dtype)
+
+
+def test_products_that_no_unit_computes_are_operations_on_vectors() -> None:
+    target, cpu = Target.parse("v5e"), Target.parse("cpu")
+    assert target.chip.vector_flops is not None
+    assert target.product_rate("int32") == target.chip.vector_flops
+    assert target.product_rate("bfloat16") == 197e12
+    assert target.roofline({"int32": target.chip.vector_flops}, 0.0).seconds == pytest.approx(1.0)
+    assert (
+        dataclasses.replace(cpu, chip=dataclasses.replace(cpu.chip, vector_flops=None)).product_rate("int32")
+        == math.inf
+    )
+    with pytest.raises(TargetError, match="is no dtype"):
+        target.product_rate(object())
 
 
 def test_an_unknown_precision_is_an_error() -> None:
