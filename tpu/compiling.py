@@ -41,7 +41,7 @@ class Request:
         arguments: for the builder; survives JSON.
         hlo: where to keep the compiled text; nowhere if None.
         quick: with the least of the compiler's effort, else with as much as JAX is set to
-            (`jax_exec_time_optimization_effort`). Compiling takes a tenth of the time; products are the same, memory
+            (`jax_optimization_level`). Compiling takes a tenth of the time; products are the same, memory
             about so, and what full effort sends in parts while products run is sent whole, and sometimes more of it.
         options: of the compiler, over those of `compax.tpu.options`.
     """
@@ -235,8 +235,8 @@ def _child(asked: pathlib.Path, answer: pathlib.Path, stderr: Any, quick: bool) 
     environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     # A cache of compiled programs would be filled with ones that no device here can run.
     environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    name = "jax_exec_time_optimization_effort"
-    environment[name.upper()] = str(-1.0 if quick else getattr(jax.config, name))
+    name = "jax_optimization_level"
+    environment[name.upper()] = "O0" if quick else getattr(jax.config, name)
     run = "import sys; from compax.tpu.worker import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", run, str(asked), str(answer)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True)

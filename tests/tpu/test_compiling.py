@@ -31,11 +31,11 @@ def builders(monkeypatch):
 
 
 @pytest.fixture
-def set_effort():
+def set_level():
     """Sets JAX's effort of compiling for one test."""
-    name = "jax_exec_time_optimization_effort"
-    yield lambda effort: jax.config.update(name, effort)
-    jax.config.update(name, 0.0)
+    name = "jax_optimization_level"
+    yield lambda level: jax.config.update(name, level)
+    jax.config.update(name, "UNKNOWN")
 
 
 def request(builder: str, target: str = "cpu", mesh: str = "data=4", hlo: str | None = None, **arguments) -> Request:
@@ -48,7 +48,7 @@ def test_figures_come_back(tmp_path):
     kept = tmp_path / "text.hlo"
     compiled = compile_for(request("product", rows=64, hlo=str(kept)), lambda phase, seconds: phases.append(phase))
     assert phases == ["start", "build", "lower", "compile", "read"] == list(compiled.seconds)
-    assert compiled.facts == {"rows": 64, "effort": 0.0}
+    assert compiled.facts == {"rows": 64, "level": "UNKNOWN"}
     assert compiled.flops == {"float32": 2 * 16 * 128 * 256}
     (reduced,) = compiled.collectives
     assert (reduced.kind, reduced.bytes, reduced.group_size) == ("all-reduce", 4, 4)
@@ -60,11 +60,11 @@ def test_figures_come_back(tmp_path):
     assert kept.read_text().startswith("HloModule")
 
 
-def test_the_compiler_tries_as_hard_as_is_asked(set_effort):
+def test_the_compiler_tries_as_hard_as_is_asked(set_level):
     quick = dataclasses.replace(request("product", rows=64), quick=True)
-    assert compile_for(quick).facts["effort"] == -1.0
-    set_effort(-0.5)
-    assert compile_for(request("product", rows=64)).facts["effort"] == -0.5
+    assert compile_for(quick).facts["level"] == "O0"
+    set_level("O1")
+    assert compile_for(request("product", rows=64)).facts["level"] == "O1"
 
 
 def test_options_reach_the_compiler():
