@@ -20,7 +20,7 @@ def product(mesh: Mesh, arguments: Mapping[str, Any]) -> Built:
     rows = jax.ShapeDtypeStruct((arguments["rows"], 128), jnp.float32, sharding=split)
     weight = jax.ShapeDtypeStruct((128, 256), jnp.float32, sharding=whole)
     print("libraries print what they like")
-    facts = {"rows": arguments["rows"], "level": getattr(jax.config, "jax_optimization_level")}
+    facts = {"rows": arguments["rows"], "level": jax.config.jax_optimization_level}
     return Built(jax.jit(lambda x, w: jnp.tanh(x @ w).sum()).trace(rows, weight), facts)
 
 
