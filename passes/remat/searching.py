@@ -1,4 +1,7 @@
-"""Remat under a budget: the prediction, held to what the compiler says, in at most three compiles."""
+"""Remat under a budget: the prediction, held to what the compiler says, in at most three compiles.
+
+Where all three are over the budget, a fourth says whether keeping nothing fits.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +14,7 @@ from compax.printing import bytes_text, share_text
 
 _COMPILES = 3
 _ROOM = 0.05
-"""The share of a budget that may stay unused."""
+"""The share of what there is to choose that may stay unused."""
 _LISTED = 4
 
 Meter = Callable[[Callable[..., Any], tuple[Any, ...], tuple[int, ...]], int]
@@ -51,32 +54,47 @@ def search(planner: Planner, budget: int, meter: Meter, meaning: Meaning) -> Fou
         BudgetError: even keeping nothing needs more.
     """
     compiled: list[tuple[Plan, int]] = []
+    room = round(_ROOM * (planner.without.peak - planner.least.peak))
     allowed, fitting = budget, None
-    while len(compiled) < _COMPILES:
-        plan = planner.plan(allowed) or planner.keeping_nothing()
-        if len(compiled) == _COMPILES - 1 and fitting is None:
-            plan = planner.keeping_nothing()
-        if any(plan.same(other) for other, _ in compiled):
-            break
-        try:
-            peak = meter(*planner.step.plain(planner.rewritten(plan)))
-        except NoCompilerError as error:
-            return _predicted(planner, budget, meaning, str(error))
-        compiled.append((plan, peak))
-        if peak <= budget and (fitting is None or plan.choice.seconds <= fitting.choice.seconds):
-            fitting = plan
-        if peak > budget and plan.choice.seconds >= planner.nothing.seconds:
-            break
-        if peak <= budget and (peak > (1 - _ROOM) * budget or not plan.regions or plan.choice.seconds == 0):
-            break
-        # The compiler's figure corrects the prediction; a little more, because what is off grows with what is kept.
-        off = peak - plan.predicted.peak
-        allowed = budget - round(off * (1.15 if peak > budget else 1.05))
-        # What is off where nothing is computed again tells less of what is off where something is.
-        allowed -= round(_ROOM * budget) if peak > budget and not plan.regions else 0
+
+    def fits(plan: Plan) -> bool:
+        compiled.append((plan, meter(*planner.step.plain(planner.rewritten(plan)))))
+        return compiled[-1][1] <= budget
+
+    try:
+        while len(compiled) < _COMPILES:
+            plan = planner.plan(allowed) or planner.keeping_nothing()
+            if any(plan.same(other) for other, _ in compiled):
+                break
+            if fits(plan):
+                if fitting is None or plan.choice.seconds <= fitting.choice.seconds:
+                    fitting = plan
+                if budget - compiled[-1][1] < room or plan.choice.seconds == 0:
+                    break
+            elif plan.choice.seconds >= planner.nothing.seconds:
+                break
+            allowed = _allowed(compiled, budget, room)
+        nothing = planner.keeping_nothing()
+        if fitting is None and not any(nothing.same(plan) for plan, _ in compiled) and fits(nothing):
+            fitting = nothing
+    except NoCompilerError as error:
+        return _predicted(planner, budget, meaning, str(error))
     if fitting is None:
         raise BudgetError(_too_little(planner, budget, min(peak for _, peak in compiled), "compiled", meaning))
     return Found(fitting, tuple(compiled))
+
+
+def _allowed(compiled: list[tuple[Plan, int]], budget: int, room: int) -> int:
+    """What to ask for next by the prediction, which the compiler's figure corrects."""
+    plan, peak = compiled[-1]
+    off = peak - plan.predicted.peak
+    allowed = budget - off - round(0.05 * abs(off))
+    if peak <= budget:
+        return allowed
+    if not plan.regions:
+        # What is off where nothing is computed again tells less of what is off where something is.
+        return allowed - round(0.1 * abs(off) + _ROOM * budget)
+    return allowed - (round(0.1 * abs(off)) if len(compiled) == 1 else room)
 
 
 def _predicted(planner: Planner, budget: int, meaning: Meaning, missing: str) -> Found:

@@ -17,6 +17,7 @@ from compax.experiments.benchmarks import zoo
 from compax.models import decoder
 from compax.passes import Remat
 from compax.passes.remat.planning import Planner
+from compax.passes.remat.searching import search
 from compax.passes.remat.solving import Item, Layers, choose, priced
 from compax.rewrites.checkpoint import find_regions
 from compax.target import Target
@@ -188,6 +189,32 @@ def test_a_budget_is_kept_by_what_the_compiler_says() -> None:
         assert "compiled" in result.notes[0]
         kept.append(len(result.decisions["marks"]))
     assert kept[0] < kept[1]
+
+
+@pytest.mark.parametrize(
+    ("peaks", "chosen"),
+    [
+        ([0.99], 0),  # close to the budget
+        ([0.9, 0.999], 1),  # room left: more is kept
+        ([0.5, 1.1, 0.6], 2),
+        ([1.3, 0.999], 1),
+        ([1.3, 1.1, 0.9], 2),
+        ([1.3, 1.2, 1.1, 0.9], 3),  # what keeps nothing is asked for last
+    ],
+)
+def test_the_search_is_led_by_what_the_compiler_says(peaks: list[float], chosen: int) -> None:
+    given = small()
+    graph, meaning = given.graph(), given.meaning()
+    planner = Planner(given, graph, find_regions(graph, meaning), Target.parse("v5e"), 2)
+    budget = planner.least.peak + round(0.7 * (planner.without.peak - planner.least.peak))
+    answers = iter(peaks)
+    found = search(planner, budget, lambda *_: round(next(answers) * budget), meaning)
+    plans = [plan for plan, _ in found.compiled]
+    assert [peak for _, peak in found.compiled] == [round(peak * budget) for peak in peaks]
+    assert found.plan is plans[chosen]
+    predicted = [plan.predicted.peak for plan in plans]
+    for before, after, peak in zip(predicted, predicted[1:], peaks, strict=False):
+        assert (after > before) == (peak < 1)
 
 
 @pytest.mark.slow  # some twenty integer programs
