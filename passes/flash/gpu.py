@@ -4,6 +4,8 @@ What they take is what jax 0.10.2 checks (`jax.nn.dot_product_attention`, `jax.e
 checked here first, so that a site is skipped with the reason.
 """
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 
@@ -129,7 +131,10 @@ def pallas_attention(spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array) -> ja
         k: keys, [B, T, H, K].
         v: values, [B, T, H, K].
     """
-    from jax.experimental.pallas.ops.gpu import attention
+    with warnings.catch_warnings():
+        # From jax 0.12 on it is deprecated for one outside of JAX: nothing that whoever applies the pass could change.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu import attention
 
     block_q, block_k = blocks(spec)
     sizes = attention.BlockSizes(

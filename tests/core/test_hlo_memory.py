@@ -21,7 +21,8 @@ PARAMETER = "  %p = f32[8,128]{1,0} parameter(0)"
 
 def test_the_largest_buffers_name_their_operation():
     def function(x, y):
-        return jnp.sin(x @ y).sum() + jnp.cos(x).sum()
+        product = x @ y
+        return jnp.sin(product).sum() + jnp.cos(x).sum(), product
 
     first = hlo_memory.largest_buffers(compiled(function, (256, 8), (8, 256)))[0]
     assert (first.bytes, first.shape) == (256 * 256 * 4, "f32[256,256]")
