@@ -151,7 +151,7 @@ def step_function(config: Config, program: compax.Program, specs: StepSpecs | No
         (total, state, sums), _ = jax.lax.scan(add, (jnp.zeros((), jnp.float32), before.state, zeros), tokens)
         return total / count, state, jax.tree.map(lambda leaf: leaf / count, sums)
 
-    def step(before: TrainState, frozen: dict[str, Any], tokens: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(before: TrainState, frozen: dict[str, Any], tokens: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         before = dataclasses.replace(before, params=placement.moved(before.params, home=False))
         loss, state, grads = gradients(before, placement.moved(frozen, home=False), tokens)
         if placement.optimizer_memory != DEVICE:
@@ -190,5 +190,5 @@ def given_options(config: Config) -> dict[str, str | bool]:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
             raise ConfigError(f"compiler.options: '{text}' is no NAME=VALUE, such as xla_cpu_enable_fast_math=true")
-        found[name.removeprefix("--")] = {"true": True, "false": False}.get(value.lower(), value)
+        found[name.removeprefix("--")] = value == "true" if value in ("true", "false") else value
     return found
