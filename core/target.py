@@ -254,6 +254,12 @@ class Target:
             "them under the dtype that they are computed in"
         )
 
+    @property
+    def vector_rate(self) -> float | None:
+        """Peak float32 FLOP/s of one device outside of products of matrices; None if unknown."""
+        vector = self.chip.vector_flops
+        return None if vector is None else vector / self.chip.devices_per_chip
+
     def product_rate(self, dtype: Any) -> float:
         """FLOP/s of one device for products of any dtype: where no unit computes them, as operations on vectors.
 
@@ -266,8 +272,7 @@ class Target:
         try:
             return self.rate(name).flops_per_second
         except TargetError:
-            vector = self.chip.vector_flops
-            return math.inf if vector is None else vector / self.chip.devices_per_chip
+            return math.inf if self.vector_rate is None else self.vector_rate
 
     def roofline(self, flops_by_dtype: Mapping[str, float], num_bytes: float) -> Roofline:
         """Predicted least time of work on one device.

@@ -160,13 +160,9 @@ def _train(
     kept = shardings.abstract(mesh, frozen, shardings.follow(frozen, params, specs.params))
     kept = shardings.in_memories(kept, placement.memory)
     step = step_function(config, program, specs)
-
-    def train_step(state: TrainState, frozen: dict[str, Any], tokens: jax.Array) -> Any:
-        return step(state, frozen, tokens)
-
     # The state goes out as it came in: the next step takes it without a move.
     out = (jax.tree.map(lambda leaf: leaf.sharding, placed), None)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=out).trace(placed, kept, tokens), (placed, kept)
+    return jax.jit(step, donate_argnums=0, out_shardings=out).trace(placed, kept, tokens), (placed, kept)
 
 
 def _forward(

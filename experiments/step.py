@@ -151,7 +151,7 @@ def step_function(config: Config, program: compax.Program, specs: StepSpecs | No
         (total, state, sums), _ = jax.lax.scan(add, (jnp.zeros((), jnp.float32), before.state, zeros), tokens)
         return total / count, state, jax.tree.map(lambda leaf: leaf / count, sums)
 
-    def step(before: TrainState, frozen: dict[str, Any], tokens: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(before: TrainState, frozen: dict[str, Any], tokens: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         before = dataclasses.replace(before, params=placement.moved(before.params, home=False))
         loss, state, grads = gradients(before, placement.moved(frozen, home=False), tokens)
         if placement.optimizer_memory != DEVICE:
@@ -176,7 +176,7 @@ def step_function(config: Config, program: compax.Program, specs: StepSpecs | No
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(before.updates), "skipped": after.skipped}
         return after, metrics
 
-    return step
+    return train_step
 
 
 def given_options(config: Config) -> dict[str, str | bool]:

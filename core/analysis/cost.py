@@ -187,8 +187,7 @@ class Cost:
         Products run at the rate of their dtype. Products of dtypes that no unit of the chip multiplies, and all other
         operations, run at the chip's rate for vectors; where that is not known, what they move alone counts.
         """
-        vector = target.chip.vector_flops
-        vector_rate = None if vector is None else vector / target.chip.devices_per_chip
+        vector_rate = target.vector_rate
         rates: dict[str, float | None] = {}
         assumptions: list[str] = []
         for dtype in sorted({dtype for group in self.kernels for dtype, _ in group.products}):

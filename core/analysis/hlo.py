@@ -193,8 +193,8 @@ def collectives(module: Module) -> tuple[Collective, ...]:
             payload *= size
         if kind == "all-reduce" and computation.name in module.fused and _keeps_a_slice(computation, instruction):
             kind = "reduce-scatter"
-        if not (asynchronous := in_pieces or hidden.get(computation.name, False)):
-            asynchronous = instruction.opcode.endswith("-start") and _is_hidden(computation, instruction)
+        starts_hidden = instruction.opcode.endswith("-start") and _is_hidden(computation, instruction)
+        asynchronous = in_pieces or starts_hidden or hidden.get(computation.name, False)
         name, op_name = instruction.name, instruction.op_name
         found.append(Collective(kind, payload, size, False, times, asynchronous, name, op_name))
     return tuple(found)

@@ -1,7 +1,6 @@
 """Rematerialization: by preset, by selector and under a budget."""
 
 import dataclasses
-import itertools
 from typing import Any
 
 import jax
@@ -229,9 +228,8 @@ def test_no_budget_gives_up_for_want_of_steps() -> None:
     plans = [planner.plan(round(least + share * room)) for share in (0.15, 0.5, 0.8, 0.9, 0.95)]
     seconds = [plan.choice.seconds for plan in plans if plan is not None]
     assert len(seconds) == 5
-    # The solver stops after some seconds, on a busy machine a little short of the best.
-    assert all(more < 1.1 * less for less, more in itertools.pairwise(seconds))
-    assert max(seconds[1:]) < planner.nothing.seconds / 2
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[1] < planner.nothing.seconds / 3
 
 
 def test_what_fits_anyway_is_left_alone() -> None:
