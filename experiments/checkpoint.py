@@ -14,6 +14,7 @@ their final name only when they are whole, so that a process may be killed at an
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import gc
@@ -23,7 +24,9 @@ import os
 import pathlib
 import platform
 import sys
+import time
 import uuid
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 import jax
@@ -326,13 +329,14 @@ class Checkpoints:
             partial_restore=len(wanted) < len(held),
         )
         found, reason = None, ""
-        try:
-            found = self._manager.restore(step, args=orbax.args.Composite(arrays=arguments))["arrays"]
-        except Exception as error:  # noqa: BLE001 - whatever a damaged file makes Orbax raise
-            reason = _first_line(error)
-        if found is None:
-            _collect_quietly()
-            raise self._damaged(step, reason)
+        with _quiet_threads():
+            try:
+                found = self._manager.restore(step, args=orbax.args.Composite(arrays=arguments))["arrays"]
+            except Exception as error:  # noqa: BLE001 - whatever a damaged file makes Orbax raise
+                reason = _first_line(error)
+            if found is None:
+                _collect_reads()
+                raise self._damaged(step, reason)
         expected = self.meta(step)["digests"]
         for name, digest in digests(found).items():
             if digest != expected.get(name):
@@ -358,13 +362,32 @@ class Checkpoints:
         )
 
 
-def _collect_quietly() -> None:
-    """Collects the reads that a failed restore leaves unfinished: each would print a traceback of its own later."""
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Keeps what fails in other threads, or while garbage is collected, from being printed."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
-        gc.collect()
+        yield
     finally:
         sys.unraisablehook = hook
+
+
+def _collect_reads() -> None:
+    """Collects the reads that a failed restore leaves unfinished.
+
+    Orbax closes its event loop while they are under way. What awaits them lives until they are through, and fails then
+    because its loop is closed: so they are waited for, as long as reads of a file may take.
+    """
+    until = time.monotonic() + 10
+    while True:
+        gc.collect()
+        time.sleep(0.02)  # a thread that is about to fail gets its turn
+        if time.monotonic() > until or not any(map(_is_abandoned, gc.get_objects())):
+            break
+
+
+def _is_abandoned(value: object) -> bool:
+    return type(value) is asyncio.Task and not value.done() and value.get_loop().is_closed()
 
 
 def named(tree: Any) -> dict[str, Any]:
