@@ -37,7 +37,7 @@ hypothesis.settings.load_profile("compax")
 def pytest_configure(config: pytest.Config) -> None:
     """Sets up JAX for this process; processes that a test starts get JAX's own defaults."""
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
-    if config.cache is None:  # pytest -p no:cacheprovider
+    if getattr(config, "cache", None) is None:  # pytest -p no:cacheprovider
         return
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

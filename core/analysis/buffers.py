@@ -55,6 +55,7 @@ class Backend:
             operands from memory.
         duplicates_on_all_paths: whether what has several operands is computed again only for readers that it can be
             fused into on all paths.
+        gathers_from_memory: whether a gather reads its operand from memory, so that nothing is fused into it there.
     """
 
     fuses_into_products: bool
@@ -68,6 +69,7 @@ class Backend:
     tiles: bool = False
     library_reductions: bool = False
     duplicates_on_all_paths: bool = False
+    gathers_from_memory: bool = False
 
 
 BACKENDS: Mapping[str, Backend] = {
@@ -95,6 +97,7 @@ BACKENDS: Mapping[str, Backend] = {
         selects_for_scatters=True,
         narrows_before_loops=True,
         tiles=True,
+        gathers_from_memory=True,
     ),
 }
 
@@ -200,6 +203,8 @@ class Buffers:
 
     def _choose(self) -> None:
         for node in self._nodes:
+            if node.op.name == "gather" and self.backend.gathers_from_memory and node.operands[0] in self._producer:
+                self._kept.add(node.operands[0])
             if node in self._inside:
                 self._keep_for_library(node)
             elif not self._fusible(node):

@@ -245,6 +245,11 @@ class Planner:
         """The plan that computes all layers again."""
         return Plan({}, self.regions, self.nothing, self.least)
 
+    def keeping_everything(self) -> Plan:
+        """The plan that computes nothing again."""
+        everything = [frozenset(range(len(group.layers.items))) for group in self.groups]
+        return Plan({}, (), priced([group.layers for group in self.groups], everything), self.without)
+
     def _predict(self, marks: Mapping[Path, Mark]) -> Liveness:
         """What the step needs of memory with a choice."""
         return self._liveness(self.step.traced(checkpointed(self.captured, self.regions, marks)))
@@ -257,7 +262,7 @@ class Planner:
         than the best without.
         """
         if self.without.peak <= budget_bytes:
-            return Plan({}, (), priced([g.layers for g in self.groups], self._everything()), self.without)
+            return self.keeping_everything()
         if self.least.peak > budget_bytes:
             return None
         best = self.keeping_nothing()
@@ -304,6 +309,3 @@ class Planner:
                 found.update((paths[i], "save") for i in kept)
                 found.update((paths[i], "compress") for i in coded)
         return found
-
-    def _everything(self) -> list[frozenset[int]]:
-        return [frozenset(range(len(group.layers.items))) for group in self.groups]

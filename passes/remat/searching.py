@@ -15,6 +15,11 @@ from compax.printing import bytes_text, share_text
 _COMPILES = 3
 _ROOM = 0.05
 """The share of what there is to choose that may stay unused."""
+_NEAR = 4 / 3
+"""How far above the budget, by the prediction, keeping everything is still tried if compiles are left.
+
+XLA merges and recomputes by itself where nothing is marked, so that prediction is the one that may be too high.
+"""
 _LISTED = 4
 
 Meter = Callable[[Callable[..., Any], tuple[Any, ...], tuple[int, ...]], int]
@@ -74,9 +79,13 @@ def search(planner: Planner, budget: int, meter: Meter, meaning: Meaning) -> Fou
             elif plan.choice.seconds >= planner.nothing.seconds:
                 break
             allowed = _allowed(compiled, budget, room)
-        nothing = planner.keeping_nothing()
-        if fitting is None and not any(nothing.same(plan) for plan, _ in compiled) and fits(nothing):
-            fitting = nothing
+        last = None
+        if fitting is None:
+            last = planner.keeping_nothing()
+        elif fitting.choice.seconds and len(compiled) < _COMPILES and planner.without.peak <= _NEAR * budget:
+            last = planner.keeping_everything()
+        if last is not None and not any(last.same(plan) for plan, _ in compiled) and fits(last):
+            fitting = last
     except NoCompilerError as error:
         return _predicted(planner, budget, meaning, str(error))
     if fitting is None:
