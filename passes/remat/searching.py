@@ -68,13 +68,14 @@ def search(planner: Planner, budget: int, meter: Meter, meaning: Meaning) -> Fou
 
     try:
         while len(compiled) < _COMPILES:
-            plan = planner.plan(allowed) or planner.keeping_nothing()
+            chosen = planner.plan(allowed) if allowed + room < planner.without.peak else planner.keeping_everything()
+            plan = chosen or planner.keeping_nothing()
             if any(plan.same(other) for other, _ in compiled):
                 break
             if fits(plan):
                 if fitting is None or plan.choice.seconds <= fitting.choice.seconds:
                     fitting = plan
-                if budget - compiled[-1][1] < room or plan.choice.seconds == 0:
+                if plan.choice.seconds == 0 or (chosen is not None and budget - compiled[-1][1] < room):
                     break
             elif plan.choice.seconds >= planner.nothing.seconds:
                 break
