@@ -292,9 +292,10 @@ class Planner:
             used = choice.kept_bytes + choice.working_bytes
             if over > 0:
                 # What is too much is taken from what was used, not from the room: the choice may have left some of it.
-                # If that helps little, other values make the peak, and what is kept is halved towards what fits.
-                too_much = used
-                room = (fits + used) / 2 if over > over_before / 2 else used - over
+                # If that helps little, or leaves nothing, other values make the peak, and what is kept is halved
+                # towards what fits.
+                too_much, less = used, used - over
+                room = less if less > fits and over <= over_before / 2 else (fits + used) / 2
                 over_before = over
             else:
                 fits = max(fits, used)
