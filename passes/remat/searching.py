@@ -16,9 +16,9 @@ _COMPILES = 3
 _ROOM = 0.05
 """The share of what there is to choose that may stay unused."""
 _NEAR = 4 / 3
-"""How far above the budget, by the prediction, keeping everything is still tried if compiles are left.
+"""How far above the budget, by the prediction, keeping everything is still tried, once something fits.
 
-XLA merges and recomputes by itself where nothing is marked, so that prediction is the one that may be too high.
+XLA merges and recomputes by itself where nothing is marked, so that this prediction may be too high by more than others.
 """
 _LISTED = 4
 
@@ -60,6 +60,7 @@ def search(planner: Planner, budget: int, meter: Meter, meaning: Meaning) -> Fou
     """
     compiled: list[tuple[Plan, int]] = []
     room = round(_ROOM * (planner.without.peak - planner.least.peak))
+    near = planner.without.peak <= _NEAR * budget
     allowed, fitting = budget, None
 
     def fits(plan: Plan) -> bool:
@@ -67,7 +68,7 @@ def search(planner: Planner, budget: int, meter: Meter, meaning: Meaning) -> Fou
         return compiled[-1][1] <= budget
 
     try:
-        while len(compiled) < _COMPILES:
+        while len(compiled) < _COMPILES - (near and fitting is not None):
             chosen = planner.plan(allowed) if allowed + room < planner.without.peak else planner.keeping_everything()
             plan = chosen or planner.keeping_nothing()
             if any(plan.same(other) for other, _ in compiled):
@@ -83,7 +84,7 @@ def search(planner: Planner, budget: int, meter: Meter, meaning: Meaning) -> Fou
         last = None
         if fitting is None:
             last = planner.keeping_nothing()
-        elif fitting.choice.seconds and len(compiled) < _COMPILES and planner.without.peak <= _NEAR * budget:
+        elif near and fitting.choice.seconds and len(compiled) < _COMPILES:
             last = planner.keeping_everything()
         if last is not None and not any(last.same(plan) for plan, _ in compiled) and fits(last):
             fitting = last
