@@ -101,11 +101,20 @@ def _allowed(compiled: list[tuple[Plan, int]], budget: int, room: int) -> int:
     off = peak - plan.predicted.peak
     allowed = budget - off - round(0.05 * abs(off))
     if peak <= budget:
-        return allowed
+        return max(allowed, plan.predicted.peak + round(0.95 * (budget - peak) / _growth(compiled)))
     if not plan.regions:
         # What is off where nothing is computed again tells less of what is off where something is.
         return allowed - round(0.1 * abs(off) + _ROOM * budget)
     return allowed - (round(0.1 * abs(off)) if len(compiled) == 1 else room)
+
+
+def _growth(compiled: list[tuple[Plan, int]]) -> float:
+    """By how much the compiler's figure grew with the prediction, last; no less than half, for it may grow faster."""
+    if len(compiled) < 2:
+        return 1.0
+    (before, low), (after, high) = compiled[-2:]
+    grown = after.predicted.peak - before.predicted.peak
+    return min(1.0, max(0.5, (high - low) / grown)) if grown > 0 else 1.0
 
 
 def _predicted(planner: Planner, budget: int, meaning: Meaning, missing: str) -> Found:
