@@ -18,7 +18,7 @@ _ROOM = 0.05
 _NEAR = 4 / 3
 """How far above the budget, by the prediction, keeping everything is still tried, once something fits.
 
-XLA merges and recomputes by itself where nothing is marked, so that this prediction may be too high by more than others.
+XLA merges and recomputes by itself where nothing is marked: this prediction may be too high by more than others.
 """
 _LISTED = 4
 
