@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from compax import _jax, ir
 from compax.analysis import library
-from compax.analysis.buffers import BACKENDS, Backend, Buffers, Flat, Node, size_bytes
+from compax.analysis.buffers import BACKENDS, Buffers, Flat, Node, size_bytes
 from compax.analysis.cost_rules import Work, work
 from compax.analysis.liveness import Liveness, liveness
 from compax.analysis.tracing import Traced
@@ -109,17 +109,16 @@ def groups(
         lossy: whether values may be kept as int8.
     """
     refused = refusals(captured, regions) if lossy else None
-    backend = BACKENDS[target.chip.platform]
+    backend = dataclasses.replace(BACKENDS[target.chip.platform], merges_recomputation=False)
     by_holder: dict[Path, Buffers] = {}
     described: dict[Any, list[tuple[Region, list[Node], list[Item]]]] = {}
     for region in regions:
         if region.holder not in by_holder:
             graph = graph_at(captured.graph, region.holder)
-            plain = dataclasses.replace(backend, merges_recomputation=False)
-            by_holder[region.holder] = Buffers(graph, plain, prefix=region.holder)
+            by_holder[region.holder] = Buffers(graph, backend, prefix=region.holder)
         held = by_holder[region.holder]
         nodes = [node for node in held.nodes if region.holds(node.path)]
-        items = _items(nodes, held, needed, target, backend, refused)
+        items = _items(nodes, held, needed, target, refused)
         described.setdefault((region.times, tuple(items)), []).append((region, nodes, items))
     found: list[Group] = []
     for (times, _), equal in described.items():
@@ -137,7 +136,6 @@ def _items(
     held: Buffers,
     needed: Mapping[Path, bool],
     target: Target,
-    backend: Backend,
     refused: Mapping[Path, str] | None,
 ) -> list[Item]:
     producer = {y: i for i, node in enumerate(nodes) for y in node.outputs}
@@ -150,13 +148,12 @@ def _items(
         sources = tuple(dict.fromkeys(producer[x] for x in node.inputs if x in producer))
         kept = sum(map(held.full_bytes, node.outputs))
         stored = any(held.keeps(y) for y in node.outputs)
-        narrow = backend.narrow_products and all(held.feeds_products(y) for y in node.outputs)
         item = Item(
             sources=sources,
             needed=i in own,
             keepable=bool(sources) or not library.fusible(node.op),
             seconds=_seconds(node, target),
-            kept_bytes=kept // 2 if narrow else kept,
+            kept_bytes=sum(map(held.nbytes, node.outputs)),
             working_bytes=kept if stored else 0,
         )
         if refused is not None and item.keepable and node.path not in refused:
