@@ -247,6 +247,20 @@ def imported(function: Callable[..., Any], *shapes: Any) -> ir.Graph:
     return ir.import_jaxpr(jax.make_jaxpr(function)(*shapes))
 
 
+def test_a_tpu_gathers_from_memory() -> None:
+    """The float32 logits that a cross-entropy picks the labels' from, beside the bfloat16 ones that all else reads."""
+
+    def function(hidden: jax.Array, head: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = (hidden @ head).astype(jnp.float32)
+        return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+
+    narrow = jax.ShapeDtypeStruct((N, N), jnp.bfloat16)
+    graph = ir.import_jaxpr(jax.make_jaxpr(function)(narrow, narrow, jax.ShapeDtypeStruct((N,), jnp.int32)))
+    (wide,) = (op.outputs[0] for _, op in ir.walk(graph) if op.name == "convert_element_type" and op.inputs[0].shape)
+    assert Buffers(graph, BACKENDS["tpu"]).keeps(wide)
+    assert not Buffers(graph, BACKENDS["cpu"]).keeps(wide)
+
+
 def test_the_timeline_reaches_the_peak() -> None:
     found = predict(lambda x, w: x @ w @ w @ w, X, X)
     assert max(found.timeline) == found.peak

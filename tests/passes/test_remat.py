@@ -12,6 +12,7 @@ from flax import nnx
 
 import compax
 from compax import ir
+from compax.analysis.buffers import tiled_bytes
 from compax.errors import BudgetError, CaptureError, PipelineError, SelectorError
 from compax.experiments.benchmarks import zoo
 from compax.models import decoder
@@ -217,6 +218,23 @@ def test_the_search_is_led_by_what_the_compiler_says(share: float, peaks: list[f
     predicted = [plan.predicted.peak for plan in plans]
     for before, after, peak in zip(predicted, predicted[1:], peaks, strict=False):
         assert (after > before) == (peak < 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_products_alone_read_takes_two_bytes_an_element_on_a_tpu(dtype: str) -> None:
+    given, _ = program(dtype=dtype)
+    graph = given.graph()
+    planner = Planner(given, graph, find_regions(graph, given.meaning()), Target.parse("v5e"), 2)
+    (group,) = planner.groups
+    found = {
+        y.shape: item.kept_bytes
+        for path, item in zip(group.paths[0], group.layers.items, strict=True)
+        for op in [ir.resolve(graph.graph, path)]
+        for y in op.outputs
+        if op.name == "mul" and y.shape[-1] == decoder.SIZES["tiny"].mlp_dim
+    }
+    assert found
+    assert all(size == tiled_bytes(jax.ShapeDtypeStruct(shape, jnp.bfloat16)) for shape, size in found.items())
 
 
 @pytest.mark.slow  # some twenty integer programs
