@@ -248,17 +248,17 @@ def imported(function: Callable[..., Any], *shapes: Any) -> ir.Graph:
 
 
 def test_a_tpu_gathers_from_memory() -> None:
-    """The float32 logits that a cross-entropy picks the labels' from, beside the bfloat16 ones that all else reads."""
+    """Such as the labels' logits in float32, from bfloat16 ones."""
 
     def function(hidden: jax.Array, head: jax.Array, labels: jax.Array) -> jax.Array:
         logits = (hidden @ head).astype(jnp.float32)
-        return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+        return jnp.take_along_axis(logits, labels[:, None], axis=-1)
 
     narrow = jax.ShapeDtypeStruct((N, N), jnp.bfloat16)
     graph = ir.import_jaxpr(jax.make_jaxpr(function)(narrow, narrow, jax.ShapeDtypeStruct((N,), jnp.int32)))
-    for platform, kept in (("cpu", {jnp.bfloat16}), ("tpu", {jnp.bfloat16, jnp.float32})):
+    for platform, kept in (("cpu", {"bfloat16"}), ("tpu", {"bfloat16", "float32"})):
         steps = Buffers(graph, BACKENDS[platform]).steps
-        assert {y.dtype for step in steps for y in step.outputs if y.shape == (N, N)} == kept
+        assert {str(y.dtype) for step in steps for y in step.outputs if y.shape == (N, N)} == kept
 
 
 def test_the_timeline_reaches_the_peak() -> None:
