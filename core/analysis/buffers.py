@@ -203,8 +203,8 @@ class Buffers:
 
     def _choose(self) -> None:
         for node in self._nodes:
-            if node.op.name == "gather" and self.backend.gathers_from_memory and node.operands[0] in self._producer:
-                self._kept.add(node.operands[0])
+            if node.op.name == "gather" and self.backend.gathers_from_memory:
+                self._kept.update(x for x in node.operands[:1] if x in self._producer)
             if node in self._inside:
                 self._keep_for_library(node)
             elif not self._fusible(node):

@@ -1,6 +1,7 @@
 """Remat under a budget: the prediction, held to what the compiler says, in at most three compiles.
 
-Where all three are over the budget, a fourth says whether keeping nothing fits.
+Where something fits, and keeping everything is predicted near the budget, the last of them is of that. Where all three
+are over the budget, a fourth says whether keeping nothing fits.
 """
 
 import dataclasses
