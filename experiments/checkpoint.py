@@ -26,7 +26,7 @@ import platform
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, TextIO
 
 import jax
@@ -363,7 +363,7 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _quiet_threads() -> Iterator[None]:
+def _quiet_threads() -> Generator[None]:
     """Keeps what fails in other threads, or while garbage is collected, from being printed."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
