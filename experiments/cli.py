@@ -186,7 +186,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     plan.add_argument(
         "--quick",
         action="store_true",
-        help="compile with the least effort: a tenth of the time, memory about so",
+        help="compile with the least effort: half to a tenth of the time, memory about so",
     )
     plan.add_argument("--sweep", metavar="NAME=VALUES", nargs="+", help="plan every combination, and compare")
 

@@ -41,7 +41,7 @@ class Request:
         arguments: for the builder; survives JSON.
         hlo: where to keep the compiled text; nowhere if None.
         quick: with the least of the compiler's effort, else with as much as JAX is set to
-            (`jax_optimization_level`). Compiling takes a tenth of the time; products are the same, memory
+            (`jax_optimization_level`). Compiling takes half to a tenth of the time; products are the same, memory
             about so, and what full effort sends in parts while products run is sent whole, and sometimes more of it.
         options: of the compiler, over those of `compax.tpu.options`.
     """

@@ -5,8 +5,8 @@ best of JAX's presets that fits the same budget.
 
 Command: `python -m compax.experiments.benchmarks.remat`; `--quick` for two models on one chip. No accelerator is
 needed: programs are compiled for TPUs that are not there. A compile takes half a minute to three on two cores, and
-there are some ten for a model and a chip; with JAX_OPTIMIZATION_LEVEL=O0, the compiler's least effort, it takes a tenth
-of that, and peaks differ by some percent, of presets and plans alike. Unrolled models have `--layers` layers.
+there are some ten for a model and a chip; with JAX_OPTIMIZATION_LEVEL=O0, the compiler's least effort, it takes half to
+a tenth of that, and peaks differ by some percent, of presets and plans alike. Unrolled models have `--layers` layers.
 
 The step is Adam's, donated. Budgets: tight is 5 % above the peak of keeping nothing, loose 10 % below that of keeping
 everything, middle half way between the two peaks. Presets are applied as a user would: `jax.checkpoint` around each
