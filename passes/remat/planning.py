@@ -146,7 +146,6 @@ def _items(
     items = []
     for i, node in enumerate(nodes):
         sources = tuple(dict.fromkeys(producer[x] for x in node.inputs if x in producer))
-        kept = sum(map(held.full_bytes, node.outputs))
         stored = any(held.keeps(y) for y in node.outputs)
         item = Item(
             sources=sources,
@@ -154,7 +153,7 @@ def _items(
             keepable=bool(sources) or not library.fusible(node.op),
             seconds=_seconds(node, target),
             kept_bytes=sum(map(held.nbytes, node.outputs)),
-            working_bytes=kept if stored else 0,
+            working_bytes=sum(map(held.full_bytes, node.outputs)) if stored else 0,
         )
         if refused is not None and item.keepable and node.path not in refused:
             code = code_bytes(node.outputs[0], held)

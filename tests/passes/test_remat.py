@@ -195,12 +195,12 @@ def test_a_budget_is_kept_by_what_the_compiler_says() -> None:
 @pytest.mark.parametrize(
     ("share", "peaks", "chosen"),
     [
-        (0.6, [0.99], 0),  # close to the budget
-        (0.6, [0.9, 0.999], 1),  # room left: more is kept
-        (0.6, [0.5, 1.1, 0.6], 2),
-        (0.6, [1.3, 0.999], 1),
-        (0.6, [1.3, 1.1, 0.9], 2),
-        (0.6, [1.3, 1.2, 1.1, 0.9], 3),  # what keeps nothing is asked for last
+        (0.7, [0.99], 0),  # close to the budget
+        (0.7, [0.9, 0.999], 1),  # room left: more is kept
+        (0.7, [0.5, 1.1, 0.6], 2),
+        (0.7, [1.3, 0.999], 1),
+        (0.7, [1.3, 1.1, 0.9], 2),
+        (0.7, [1.3, 1.2, 1.1, 0.9], 3),  # what keeps nothing is asked for last
         (0.9, [0.999, 1.2], 0),  # keeping everything is near, and too much
         (0.9, [0.999, 0.8], 1),  # the compiler does better where nothing is computed again
     ],
